@@ -1,0 +1,35 @@
+# Which src/cpu/levels/*.cpp this processor family builds, and each one's instruction set.
+#
+# A level's file is named after it. LEVEL_tiles has the tile shapes of LEVEL in baseline instructions: tests only.
+set(isa_flags_avx2 -mavx2 -mfma -mf16c)
+set(isa_flags_avx512 -mavx512f -mavx512bw -mavx512dq -mavx512vl ${isa_flags_avx2})
+
+# Kernels compare and select on NaN and inf, so no -ffast-math; but nobody reads errno or the floating-point exception flags.
+# -Wno-psabi: vectors wider than the level's registers never cross a function boundary that is not inlined.
+set(level_flags -fno-math-errno -fno-trapping-math -ffp-contract=fast -Wno-psabi)
+if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU")
+  list(APPEND level_flags -Wno-maybe-uninitialized) # false alarms inside GCC 12's own avx512fintrin.h
+endif()
+
+if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64")
+  set(isa_levels baseline avx2 avx512)
+elseif(CMAKE_SYSTEM_PROCESSOR MATCHES "aarch64|arm64")
+  set(isa_levels baseline neon)
+else()
+  set(isa_levels baseline)
+endif()
+
+# Adds the level files in `folder` to `target`, each compiled for its own instruction set.
+function(add_isa_levels target folder)
+  file(GLOB level_sources CONFIGURE_DEPENDS "${folder}/*.cpp")
+  foreach(source IN LISTS level_sources)
+    cmake_path(GET source STEM level)
+    if(level IN_LIST isa_levels OR (FLASH_ATTN_TESTS AND level MATCHES "_tiles$"))
+      target_sources(${target} PRIVATE "${source}")
+      set_source_files_properties("${source}" PROPERTIES COMPILE_OPTIONS "${level_flags};${isa_flags_${level}}")
+    endif()
+  endforeach()
+  if(FLASH_ATTN_TESTS)
+    target_compile_definitions(${target} PRIVATE FLASH_ATTN_TILE_LEVELS)
+  endif()
+endfunction()
