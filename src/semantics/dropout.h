@@ -6,7 +6,7 @@
 // Upstream compares a byte with floor(255 (1 - p)), off by up to 1 / 256; here the threshold itself is dithered per call, so
 // that the probability over keys is 1 - p exactly at the cost of 8-bit compares.
 //
-// U is uint32, or a backend's vector of uint32. The backend brings mul_hi(U, U) for its vectors.
+// U is uint32, or a backend's vector of uint32, whose words then come with it.
 #pragma once
 
 #include "semantics/portable.h"
@@ -19,13 +19,13 @@ struct PhiloxWords {
 };
 
 /// `counter` and `key` as in the paper; 7 rounds.
-template <class U>
+template <class U, class Words = ScalarWords>
 FA_FN PhiloxWords<U> philox4x32_7(PhiloxWords<U> counter, U key_x, U key_y) {
   const U multiplier_a = key_x * 0u + 0xD2511F53u;
   const U multiplier_b = key_x * 0u + 0xCD9E8D57u;
   for (int round = 0; round < 7; ++round) {
-    const U high_a = mul_hi(multiplier_a, counter.x);
-    const U high_b = mul_hi(multiplier_b, counter.z);
+    const U high_a = Words::mul_hi(multiplier_a, counter.x);
+    const U high_b = Words::mul_hi(multiplier_b, counter.z);
     counter = {high_b ^ counter.y ^ key_x, multiplier_b * counter.z, high_a ^ counter.w ^ key_y, multiplier_a * counter.x};
     key_x += 0x9E3779B9u;
     key_y += 0xBB67AE85u;

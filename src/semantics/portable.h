@@ -10,9 +10,15 @@
 namespace flash_attn {
 using int32 = int;
 using uint32 = uint;
-static inline uint32 mul_hi(uint32 a, uint32 b) { return metal::mulhi(a, b); }
+// The words that a rule needs from a backend; a backend with vectors brings its own struct of them.
+struct ScalarWords {
+  static uint32 mul_hi(uint32 a, uint32 b) { return metal::mulhi(a, b); }
+  static float tanh(float x) { return metal::precise::tanh(x); }
+  static float abs(float x) { return metal::abs(x); }
+};
 }  // namespace flash_attn
 #else
+#include <cmath>
 #include <cstdint>
 #if defined(__CUDACC__)
 #define FA_FN static inline __host__ __device__
@@ -24,9 +30,12 @@ static inline uint32 mul_hi(uint32 a, uint32 b) { return metal::mulhi(a, b); }
 namespace flash_attn {
 using int32 = std::int32_t;
 using uint32 = std::uint32_t;
-FA_FN uint32 mul_hi(uint32 a, uint32 b) {
-  return static_cast<uint32>((static_cast<std::uint64_t>(a) * b) >> 32);
-}
+// The words that a rule needs from a backend; a backend with vectors brings its own struct of them.
+struct ScalarWords {
+  FA_FN uint32 mul_hi(uint32 a, uint32 b) { return static_cast<uint32>((static_cast<std::uint64_t>(a) * b) >> 32); }
+  FA_FN float tanh(float x) { return ::tanhf(x); }
+  FA_FN float abs(float x) { return x < 0.0f ? -x : x; }
+};
 }  // namespace flash_attn
 #endif
 

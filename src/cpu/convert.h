@@ -1,0 +1,127 @@
+// Rows of any dtype to float32 and back, round to nearest even.
+#pragma once
+
+#include <cstring>
+
+#include "attention_problem.h"
+#include "cpu/tile.h"
+
+namespace flash_attn::cpu::FA_LEVEL {
+namespace {
+
+using Half = std::uint16_t __attribute__((vector_size(FA_VECTOR_BYTES / 2)));
+using UnalignedHalf = std::uint16_t __attribute__((vector_size(FA_VECTOR_BYTES / 2), aligned(2), may_alias));
+
+FA_INLINE Vec from_bfloat16(Half x) { return reinterpret_cast<Vec>(__builtin_convertvector(x, UVec) << 16); }
+
+FA_INLINE Half to_bfloat16(Vec x) {
+  const UVec bits = reinterpret_cast<UVec>(x);
+  const UVec rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  const UVec quiet_nan = (bits >> 16) | 0x40u;
+  return __builtin_convertvector((bits & 0x7fffffffu) > 0x7f800000u ? quiet_nan : rounded, Half);
+}
+
+FA_INLINE Vec from_float16(Half x) {
+#if defined(__AVX512F__) && FA_VECTOR_BYTES == 64
+  return _mm512_cvtph_ps(reinterpret_cast<__m256i>(x));
+#elif defined(__AVX2__) && FA_VECTOR_BYTES == 32
+  return _mm256_cvtph_ps(reinterpret_cast<__m128i>(x));
+#else
+  const UVec bits = __builtin_convertvector(x, UVec);
+  const UVec magnitude = (bits & 0x7fffu) << 13;
+  // The exponent is 15 - 127 too low; a product with 2^112 mends it and normalises subnormals at once.
+  const Vec finite = reinterpret_cast<Vec>(magnitude) * 0x1p112f;
+  const Vec special = reinterpret_cast<Vec>(magnitude | 0x7f800000u);
+  const Vec value = (bits & 0x7c00u) == 0x7c00u ? special : finite;
+  return reinterpret_cast<Vec>(reinterpret_cast<UVec>(value) | ((bits & 0x8000u) << 16));
+#endif
+}
+
+FA_INLINE Half to_float16(Vec x) {
+#if defined(__AVX512F__) && FA_VECTOR_BYTES == 64
+  return reinterpret_cast<Half>(_mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#elif defined(__AVX2__) && FA_VECTOR_BYTES == 32
+  return reinterpret_cast<Half>(_mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#else
+  const UVec sign = (reinterpret_cast<UVec>(x) & 0x80000000u) >> 16;
+  const UVec magnitude = reinterpret_cast<UVec>(x) & 0x7fffffffu;
+  // Subnormal results: adding 0.5 makes the float unit round at bit 2^-24.
+  const UVec subnormal = reinterpret_cast<UVec>(reinterpret_cast<Vec>(magnitude) + 0.5f) - 0x3f000000u;
+  const UVec normal = (magnitude + 0xc8000fffu + ((magnitude >> 13) & 1u)) >> 13;
+  const UVec infinite = splat(0x7c00u);
+  const UVec nan = splat(0x7e00u);
+  UVec result = magnitude < 0x38800000u ? subnormal : normal;
+  result = magnitude >= 0x477ff000u ? infinite : result;
+  result = magnitude > 0x7f800000u ? nan : result;
+  return __builtin_convertvector(result | sign, Half);
+#endif
+}
+
+FA_INLINE Vec load_as(DType dtype, const std::uint16_t* p) {
+  const Half bits = *reinterpret_cast<const UnalignedHalf*>(p);
+  return dtype == DType::bfloat16 ? from_bfloat16(bits) : from_float16(bits);
+}
+
+FA_INLINE std::int64_t size_of(DType dtype) { return dtype == DType::float32 ? 4 : dtype == DType::boolean ? 1 : 2; }
+
+FA_INLINE const char* element(const void* data, DType dtype, std::int64_t index) {
+  return static_cast<const char*>(data) + index * size_of(dtype);
+}
+FA_INLINE char* element(void* data, DType dtype, std::int64_t index) {
+  return static_cast<char*>(data) + index * size_of(dtype);
+}
+
+// dst[n] = src[n * stride] in float32.
+inline void read_row(DType dtype, const void* src, std::int64_t stride, int n, float* dst) {
+  if (dtype == DType::float32) {
+    const auto* p = static_cast<const float*>(src);
+    if (stride == 1) {
+      std::memcpy(dst, p, static_cast<std::size_t>(n) * sizeof(float));
+    } else {
+      for (int i = 0; i < n; ++i) dst[i] = p[i * stride];
+    }
+    return;
+  }
+  const auto* p = static_cast<const std::uint16_t*>(src);
+  int i = 0;
+  if (stride == 1) {
+    for (; i + lanes <= n; i += lanes) store(dst + i, load_as(dtype, p + i));
+  }
+  while (i < n) {
+    std::uint16_t rest[lanes] = {};
+    const int count = n - i < lanes ? n - i : lanes;
+    for (int lane = 0; lane < count; ++lane) rest[lane] = p[(i + lane) * stride];
+    float values[lanes];
+    store(values, load_as(dtype, rest));
+    for (int lane = 0; lane < count; ++lane) dst[i + lane] = values[lane];
+    i += count;
+  }
+}
+
+// dst[n * stride] = src[n] in `dtype`.
+inline void write_row(DType dtype, void* dst, std::int64_t stride, int n, const float* src) {
+  if (dtype == DType::float32) {
+    auto* p = static_cast<float*>(dst);
+    if (stride == 1) {
+      std::memcpy(p, src, static_cast<std::size_t>(n) * sizeof(float));
+    } else {
+      for (int i = 0; i < n; ++i) p[i * stride] = src[i];
+    }
+    return;
+  }
+  auto* p = static_cast<std::uint16_t*>(dst);
+  for (int i = 0; i < n; i += lanes) {
+    const int count = n - i < lanes ? n - i : lanes;
+    float values[lanes] = {};
+    std::memcpy(values, src + i, static_cast<std::size_t>(count) * sizeof(float));
+    const Half bits = dtype == DType::bfloat16 ? to_bfloat16(load(values)) : to_float16(load(values));
+    if (stride == 1 && count == lanes) {
+      *reinterpret_cast<UnalignedHalf*>(p + i) = bits;
+    } else {
+      for (int lane = 0; lane < count; ++lane) p[(i + lane) * stride] = bits[lane];
+    }
+  }
+}
+
+}  // namespace
+}  // namespace flash_attn::cpu::FA_LEVEL

@@ -1,0 +1,149 @@
+// The forward pass: memory, threads and order. Arithmetic is in forward_kernel.h.
+
+#include <algorithm>
+#include <cstring>
+#include <limits>
+#include <vector>
+
+#include "cpu/attention.h"
+#include "cpu/buffer.h"
+#include "cpu/isa.h"
+#include "cpu/kernels.h"
+#include "cpu/parallel.h"
+#include "cpu/sequences.h"
+
+namespace flash_attn::cpu {
+namespace {
+
+// Query panels that share a task: enough to reuse a key block from L2, few enough to balance the threads.
+constexpr std::int32_t panels_per_task = 4;
+
+// Packed K and V held at a time, when a call has more than one unit to a thread.
+constexpr std::int64_t packed_limit = std::int64_t{64} << 20;  // floats: 256 MiB
+
+// Keys a block: K and V of a block stay in L2 beside the accumulators.
+std::int32_t forward_key_block(const AttentionProblem& problem) {
+  return std::max(problem.head_dim, problem.head_dim_v) <= 160 ? 120 : 72;
+}
+
+// Rows of out and lse that no sequence covers: they exist when a call is varlen or has seqused_q.
+void clear_unused_rows(const AttentionProblem& problem, const std::vector<Sequence>& sequences, const ForwardOutputs& outputs) {
+  const std::int64_t row_bytes = problem.dtype == DType::float32 ? 4 : 2;
+  const auto clear = [&](std::int64_t batch, std::int64_t begin, std::int64_t end) {
+    for (std::int64_t row = begin; row < end; ++row) {
+      for (std::int64_t head = 0; head < problem.heads_q; ++head) {
+        const Strides& strides = outputs.out.strides;
+        const std::int64_t offset = batch * strides.batch + row * strides.seq + head * strides.head;
+        for (std::int64_t d = 0; d < problem.head_dim_v; ++d) {
+          std::memset(static_cast<char*>(outputs.out.data) + (offset + d * strides.dim) * row_bytes, 0,
+                      static_cast<std::size_t>(row_bytes));
+        }
+        outputs.lse[batch * outputs.lse_strides.batch + head * outputs.lse_strides.head + row * outputs.lse_strides.seq] =
+            -std::numeric_limits<float>::infinity();
+      }
+    }
+  };
+  if (!problem.varlen) {
+    for (std::int32_t batch = 0; batch < problem.batch; ++batch) {
+      clear(batch, sequences[static_cast<std::size_t>(batch)].q.length, problem.max_seqlen_q);
+    }
+    return;
+  }
+  std::int64_t covered = 0;
+  for (const Sequence& sequence : sequences) {
+    clear(0, covered, sequence.q.begin);
+    covered = sequence.q.begin + sequence.q.length;
+  }
+  clear(0, covered, problem.total_q);
+}
+
+struct PackedUnit {
+  const Unit* unit;
+  std::int64_t first_block;  // where its blocks start in the buffer
+  std::int32_t blocks;
+};
+
+struct RowTask {
+  std::size_t packed_unit;
+  std::int32_t row_begin;
+  std::int32_t row_end;
+  std::int64_t cost;  // keys to visit, for the order only
+};
+
+std::int32_t row_block_cost(const Unit& unit, std::int32_t group, std::int32_t row_begin, std::int32_t row_end) {
+  const KeyRange keys = visible_keys_of_rows(unit.rule, row_begin / group, (row_end - 1) / group + 1);
+  return std::max(0, keys.end - keys.begin);
+}
+
+// Units [begin, end): packs their K and V once, then runs their row blocks, heaviest first.
+void forward_units(const Kernels& level, const ForwardPass& pass, int threads, const Unit* begin, const Unit* end) {
+  std::vector<PackedUnit> packed_units;
+  std::int64_t blocks = 0;
+  for (const Unit* unit = begin; unit != end; ++unit) {
+    const std::int32_t count = (unit->sequence.k.length + pass.key_block - 1) / pass.key_block;
+    packed_units.push_back({unit, blocks, count});
+    blocks += count;
+  }
+  const Buffer packed = allocate(blocks * pass.packed_block_size);
+
+  struct BlockTask {
+    const Unit* unit;
+    std::int32_t block;
+    float* destination;
+  };
+  std::vector<BlockTask> block_tasks;
+  const std::int32_t rows_per_task = panels_per_task * level.panel_rows;
+  std::vector<RowTask> row_tasks;
+  for (std::size_t i = 0; i < packed_units.size(); ++i) {
+    const Unit& unit = *packed_units[i].unit;
+    const KeyRange seen = visible_keys_of_rows(unit.rule, 0, unit.rule.seqlen_q);
+    for (std::int32_t block = seen.begin / pass.key_block; block * pass.key_block < seen.end; ++block) {
+      block_tasks.push_back({&unit, block, packed.get() + (packed_units[i].first_block + block) * pass.packed_block_size});
+    }
+    for (std::int32_t row = 0; row < unit.packed_rows; row += rows_per_task) {
+      const std::int32_t row_end = std::min(row + rows_per_task, unit.packed_rows);
+      const std::int64_t keys = row_block_cost(unit, pass.problem->group(), row, row_end);
+      row_tasks.push_back({i, row, row_end, keys * (row_end - row)});
+    }
+  }
+  parallel_for(static_cast<std::int64_t>(block_tasks.size()), threads, [&](std::int64_t i, int) {
+    const BlockTask& task = block_tasks[static_cast<std::size_t>(i)];
+    level.pack_keys_values(pass, *task.unit, task.block, task.destination);
+  });
+
+  std::stable_sort(row_tasks.begin(), row_tasks.end(), [](const RowTask& a, const RowTask& b) { return a.cost > b.cost; });
+  const std::int64_t scratch_size = (level.forward_scratch_size(pass) + 15) / 16 * 16;
+  const Buffer scratch = allocate(scratch_size * threads);
+  parallel_for(static_cast<std::int64_t>(row_tasks.size()), threads, [&](std::int64_t i, int slot) {
+    const RowTask& task = row_tasks[static_cast<std::size_t>(i)];
+    const PackedUnit& unit = packed_units[task.packed_unit];
+    level.forward_rows(pass, {unit.unit, packed.get() + unit.first_block * pass.packed_block_size, task.row_begin, task.row_end},
+                       scratch.get() + slot * scratch_size);
+  });
+}
+
+}  // namespace
+
+void forward(const AttentionProblem& problem, const AttentionInputs& inputs, const ForwardOutputs& outputs) {
+  const Kernels& level = kernels();
+  const std::vector<Sequence> sequences = sequences_of(problem, inputs);
+  const std::vector<Unit> units = units_of(problem, sequences);
+  const std::int32_t key_block = forward_key_block(problem);
+  const ForwardPass pass = {&problem, &inputs, &outputs, key_block, level.packed_block_size(problem, key_block)};
+  clear_unused_rows(problem, sequences, outputs);
+
+  // As many units at a time as their packed keys allow, and enough of them to feed every thread.
+  const int threads = thread_count();
+  const auto at_least = static_cast<std::size_t>(threads);
+  std::size_t begin = 0;
+  while (begin < units.size()) {
+    std::size_t end = begin;
+    for (std::int64_t size = 0; end < units.size() && (end - begin < at_least || size <= packed_limit); ++end) {
+      size += std::int64_t{units[end].sequence.k.length} * (problem.head_dim + problem.head_dim_v);
+    }
+    forward_units(level, pass, threads, units.data() + begin, units.data() + end);
+    begin = end;
+  }
+}
+
+}  // namespace flash_attn::cpu

@@ -1,0 +1,30 @@
+// One parallel_for for the process. The caller works too, so a region never waits for a worker that has not woken up; idle workers
+// sleep, so a busy neighbour costs nothing. Safe from several threads at once, nested, and after fork.
+#pragma once
+
+#include <cstdint>
+
+namespace flash_attn::cpu {
+
+/// Threads a region may use: FLASH_ATTENTION_MLX_THREADS (read at every call), else the CPUs that affinity and cgroup leave us.
+int thread_count();
+
+/// 0 restores the default.
+void set_thread_count_for_testing(int threads);
+
+/// Runs body(context, task, slot) for every task in [0, count), in ascending order of start. `slot` in [0, threads) is unique among
+/// the threads inside this region: an index for scratch memory.
+void run_tasks(std::int64_t count, int threads, void (*body)(void* context, std::int64_t task, int slot), void* context);
+
+template <class Body>
+static inline void parallel_for(std::int64_t count, int threads, Body body) {
+  run_tasks(
+      count, threads, [](void* context, std::int64_t task, int slot) { (*static_cast<Body*>(context))(task, slot); }, &body);
+}
+
+template <class Body>
+static inline void parallel_for(std::int64_t count, Body body) {
+  parallel_for(count, thread_count(), body);
+}
+
+}  // namespace flash_attn::cpu

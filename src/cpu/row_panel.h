@@ -1,0 +1,97 @@
+// The query rows in the lanes of a score panel, and all that a kernel must know of each of them.
+#pragma once
+
+#include "cpu/convert.h"
+#include "cpu/kernels.h"
+#include "semantics/score.h"
+#include "semantics/softmax.h"
+
+namespace flash_attn::cpu::FA_LEVEL {
+namespace {
+
+constexpr std::int32_t lowest_int = -2147483647 - 1;
+constexpr std::int32_t highest_int = 2147483647;
+
+// How a problem's scores are scaled. Scores live in log2 units; with softcap, Q is scaled so that q.k is tanh's argument.
+struct ScoreScale {
+  float query;    // what Q is multiplied by
+  float softcap;  // what tanh is multiplied by; 0: no softcap
+
+  explicit ScoreScale(const AttentionProblem& problem)
+      : query(problem.softcap > 0 ? problem.softmax_scale / problem.softcap : problem.softmax_scale * log2_e),
+        softcap(problem.softcap > 0 ? problem.softcap * log2_e : 0.0f) {}
+};
+
+struct RowPanel {
+  int rows;     // in use; the lanes after them repeat the last one
+  int vectors;  // 1 to panel_vectors: lanes computed / lanes
+  std::int32_t query[panel_rows];
+  std::int32_t head[panel_rows];
+
+  // Keys that each row sees; (0, 0) when none.
+  std::int32_t key_begin[panel_rows];
+  std::int32_t key_end[panel_rows];
+  KeyRange some;  // keys that a row sees lie in here
+  KeyRange all;   // keys in here are seen by every row
+
+  float diagonal[panel_rows];     // key position on the row's diagonal, for ALiBi
+  float slope_log2[panel_rows];   // ALiBi slope in log2 units
+  std::int64_t mask_offset[panel_rows];
+  std::uint32_t dropout_head[panel_rows];  // (batch * heads_q + head) * 32
+
+  int width() const { return vectors * lanes; }
+
+  RowPanel() = default;
+
+  RowPanel(const AttentionProblem& problem, const AttentionInputs& inputs, const Unit& unit, int row_begin, int row_end) {
+    rows = row_end - row_begin < panel_rows ? row_end - row_begin : panel_rows;
+    vectors = (rows + lanes - 1) / lanes;
+    some = {highest_int, lowest_int};
+    all = {lowest_int, highest_int};
+    const int group = problem.group();
+    for (int lane = 0; lane < width(); ++lane) {
+      const int row = row_begin + (lane < rows ? lane : rows - 1);
+      query[lane] = row / group;
+      head[lane] = unit.kv_head * group + row % group;
+      KeyRange keys = visible_keys(unit.rule, query[lane]);
+      if (keys.begin >= keys.end) {
+        keys = {0, 0};
+      } else {
+        some = {min_of(some.begin, keys.begin), max_of(some.end, keys.end)};
+      }
+      all = {max_of(all.begin, keys.begin), min_of(all.end, keys.end)};
+      key_begin[lane] = keys.begin;
+      key_end[lane] = keys.end;
+      diagonal[lane] = static_cast<float>(query[lane] + unit.rule.seqlen_k - unit.rule.seqlen_q);
+      if (inputs.alibi_slopes) {
+        slope_log2[lane] = inputs.alibi_slopes[unit.batch * inputs.alibi_batch_stride + head[lane]] * log2_e;
+      }
+      mask_offset[lane] =
+          unit.batch * inputs.attn_mask.batch + head[lane] * inputs.attn_mask.head + query[lane] * inputs.attn_mask.row;
+      dropout_head[lane] = static_cast<std::uint32_t>(unit.batch * problem.heads_q + head[lane]) * 32u;
+    }
+  }
+
+  // Offset of a lane's row in a tensor of query rows.
+  std::int64_t offset(const Unit& unit, const Strides& strides, int lane) const {
+    return unit.batch * strides.batch + (unit.sequence.q.begin + std::int64_t{query[lane]}) * strides.seq + head[lane] * strides.head;
+  }
+  std::int64_t offset(const Unit& unit, const LseStrides& strides, int lane) const {
+    return unit.batch * strides.batch + head[lane] * strides.head + (unit.sequence.q.begin + std::int64_t{query[lane]}) * strides.seq;
+  }
+};
+
+// [dim][width] = the panel's rows of `tensor` times `scale`, transposed. `row_buffer` holds lanes * dim floats.
+inline void pack_transposed(const RowPanel& panel, const Unit& unit, const ConstTensor& tensor, int dim, float scale, float* packed,
+                            float* row_buffer) {
+  for (int v = 0; v < panel.vectors; ++v) {
+    for (int lane = 0; lane < lanes; ++lane) {
+      const std::int64_t row = panel.offset(unit, tensor.strides, v * lanes + lane);
+      read_row(tensor.dtype, element(tensor.data, tensor.dtype, row), tensor.strides.dim, dim, row_buffer + lane * dim);
+    }
+    for (int d = 0; d < dim; ++d) store(packed + d * panel.width() + v * lanes, load_strided(row_buffer + d, dim) * scale);
+  }
+}
+
+}  // namespace
+}  // namespace flash_attn::cpu::FA_LEVEL

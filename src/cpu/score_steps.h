@@ -1,0 +1,163 @@
+// What happens to a tile of scores between Q K^T and the softmax: a list of steps, chosen once a call. A step that a call does not
+// use costs it nothing; one that it uses passes once over a tile in L1. A new feature is a new step.
+#pragma once
+
+#include "cpu/row_panel.h"
+#include "cpu/vector_math.h"
+#include "semantics/dropout.h"
+
+namespace flash_attn::cpu::FA_LEVEL {
+namespace {
+
+// S [keys][stride], log2 units; the panel's rows in the lanes.
+struct ScoreTile {
+  float* scores;
+  std::int64_t stride;
+  int keys;
+  std::int32_t key_begin;  // position of the first key in its sequence
+};
+
+struct ScoreContext {
+  const AttentionInputs* inputs;
+  ScoreScale scale;
+  float* mask_rows;  // [lanes][key block], where attn_mask's rows become columns
+  int mask_row_stride;
+  // Backward only: d(capped score) / d(score) of the tile, same shape as the scores.
+  float* softcap_derivatives;
+};
+
+template <class Step>
+FA_INLINE void for_each_score(const RowPanel& panel, const ScoreTile& tile, Step step) {
+  for (int key = 0; key < tile.keys; ++key) {
+    float* row = tile.scores + key * tile.stride;
+    for (int v = 0; v < panel.vectors; ++v) store(row + v * lanes, step(load(row + v * lanes), tile.key_begin + key, v));
+  }
+}
+
+inline Vec minus_infinity() { return from_bits(splat(static_cast<std::int32_t>(0xff800000))); }
+
+// Q is scaled so that the score is tanh's argument.
+inline void softcap_step(const ScoreContext& context, const RowPanel& panel, const ScoreTile& tile) {
+  const Vec softcap = splat(context.scale.softcap);
+  const Vec one = splat(1.0f);
+  if (!context.softcap_derivatives) {
+    for_each_score(panel, tile, [&](Vec s, int, int) { return softcap * softcap_tanh<Vec, VectorWords>(s, one); });
+    return;
+  }
+  for_each_score(panel, tile, [&](Vec s, int key, int v) {
+    const Vec t = softcap_tanh<Vec, VectorWords>(s, one);
+    store(context.softcap_derivatives + (key - tile.key_begin) * tile.stride + v * lanes, softcap_derivative(t));
+    return softcap * t;
+  });
+}
+
+inline void alibi_step(const ScoreContext&, const RowPanel& panel, const ScoreTile& tile) {
+  for_each_score(panel, tile, [&](Vec s, int key, int v) {
+    const Vec distance = load(panel.diagonal + v * lanes) - splat(static_cast<float>(key));
+    return s + alibi_bias<Vec, VectorWords>(load(panel.slope_log2 + v * lanes), distance);
+  });
+}
+
+// One row of attn_mask as something to add: log2 units, -inf where hidden.
+inline void read_mask_row(const MaskTensor& mask, std::int64_t offset, int keys, float* row) {
+  if (mask.dtype == DType::boolean) {
+    const auto* visible = static_cast<const unsigned char*>(mask.data) + offset;
+    for (int key = 0; key < keys; ++key) row[key] = visible[key * mask.key] ? 0.0f : -__builtin_inff();
+    return;
+  }
+  read_row(mask.dtype, element(mask.data, mask.dtype, offset), mask.key, keys, row);
+}
+
+// -inf hides the key; anything finite leaves it visible, even where base 2 overflows (the lowest float is a common mask value).
+inline Vec add_mask(Vec score, Vec mask) {
+  const Vec sum = larger_of(splat(lowest_score), score + mask * log2_e);
+  return select(mask == minus_infinity(), minus_infinity(), sum);
+}
+
+inline void attn_mask_step(const ScoreContext& context, const RowPanel& panel, const ScoreTile& tile) {
+  const MaskTensor& mask = context.inputs->attn_mask;
+  for (int v = 0; v < panel.vectors; ++v) {
+    const std::int64_t* offsets = panel.mask_offset + v * lanes;
+    const std::int64_t first_key = tile.key_begin * mask.key;
+    bool same_row = true;
+    for (int lane = 1; lane < lanes; ++lane) same_row &= offsets[lane] == offsets[0];
+    for (int lane = 0; lane < (same_row ? 1 : lanes); ++lane) {
+      read_mask_row(mask, offsets[lane] + first_key, tile.keys, context.mask_rows + lane * context.mask_row_stride);
+    }
+    for (int key = 0; key < tile.keys; ++key) {
+      float* scores = tile.scores + key * tile.stride + v * lanes;
+      const Vec bias = same_row ? splat(context.mask_rows[key]) : load_strided(context.mask_rows + key, context.mask_row_stride);
+      store(scores, add_mask(load(scores), bias));
+    }
+  }
+}
+
+// Causal, window, chunk and length at once. Needed only where the tile is not wholly visible.
+inline void visibility_step(const ScoreContext&, const RowPanel& panel, const ScoreTile& tile) {
+  for_each_score(panel, tile, [&](Vec s, int key, int v) {
+    IVec begin;
+    IVec end;
+    __builtin_memcpy(&begin, panel.key_begin + v * lanes, sizeof(begin));
+    __builtin_memcpy(&end, panel.key_end + v * lanes, sizeof(end));
+    const IVec position = splat(static_cast<std::int32_t>(key));
+    return select((position >= begin) & (position < end), s, minus_infinity());
+  });
+}
+
+class ScoreSteps {
+ public:
+  ScoreSteps(const AttentionProblem& problem, const AttentionInputs& inputs) {
+    if (problem.softcap > 0) add(softcap_step);
+    if (inputs.alibi_slopes) add(alibi_step);
+    if (inputs.attn_mask.data) add(attn_mask_step);
+  }
+
+  void apply(const ScoreContext& context, const RowPanel& panel, const ScoreTile& tile) const {
+    for (int i = 0; i < count_; ++i) steps_[i](context, panel, tile);
+    if (tile.key_begin < panel.all.begin || tile.key_begin + tile.keys > panel.all.end) visibility_step(context, panel, tile);
+  }
+
+ private:
+  using Step = void (*)(const ScoreContext&, const RowPanel&, const ScoreTile&);
+  void add(Step step) { steps_[count_++] = step; }
+
+  Step steps_[3] = {};
+  int count_ = 0;
+};
+
+// Calls visit(key, v, keep) for every vector of the tile; `keep` is a lane mask. Not a step on scores: dropout acts on probabilities.
+template <class Visit>
+FA_INLINE void visit_dropout(const AttentionProblem& problem, const std::uint32_t* dropout_key, const RowPanel& panel,
+                             std::int32_t key_begin, int keys, Visit visit) {
+  const UVec key_x = splat(dropout_key[0]);
+  const UVec key_y = splat(dropout_key[1]);
+  const UVec keep_24 = splat(problem.dropout_keep_24);
+  for (int v = 0; v < panel.vectors; ++v) {
+    UVec row;
+    UVec head;
+    __builtin_memcpy(&row, panel.query + v * lanes, sizeof(row));
+    __builtin_memcpy(&head, panel.dropout_head + v * lanes, sizeof(head));
+    const UVec row_tile = row >> 4;
+    for (std::int32_t column_tile = key_begin / 32; column_tile * 32 < key_begin + keys; ++column_tile) {
+      const UVec tile = splat(static_cast<std::uint32_t>(column_tile));
+      for (std::uint32_t pair = 0; pair < 4; ++pair) {
+        const UVec counter = dropout_counter(head, row, splat(2 * pair));
+        const PhiloxWords<UVec> words = philox4x32_7<UVec, VectorWords>({counter, UVec{}, row_tile, tile}, key_x, key_y);
+        const UVec by_column[4] = {words.x, words.y, words.z, words.w};
+        const UVec threshold = dropout_threshold(keep_24, counter, row_tile, tile, key_x, key_y);
+        for (std::uint32_t low = 0; low < 2; ++low) {
+          const UVec shift = dropout_byte_shift(row, splat(2 * pair + low));
+          for (std::uint32_t word = 0; word < 4; ++word) {
+            const std::int32_t key = column_tile * 32 + static_cast<std::int32_t>(2 * pair + low + 8 * word) - key_begin;
+            if (key < 0 || key >= keys) continue;
+            const UVec byte = (by_column[word] >> shift) & 255u;
+            visit(key, v, reinterpret_cast<IVec>(byte) < reinterpret_cast<IVec>(threshold));
+          }
+        }
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace flash_attn::cpu::FA_LEVEL

@@ -1,0 +1,124 @@
+// The vocabulary of the kernels: vectors of one ISA level and the register tile that every matrix product is made of.
+//
+// A level (src/cpu/levels) says how wide its vectors are and how many registers it has, and includes the kernels; all of it lives in
+// that level's own unnamed namespace, so that no function compiled for one level can be linked into another.
+#pragma once
+
+#include <cstdint>
+
+#if !defined(FA_LEVEL)  // for tools that read a header alone
+#define FA_LEVEL baseline
+#define FA_VECTOR_BYTES 16
+#define FA_VECTOR_REGISTERS 16
+#endif
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+#define FA_INLINE inline __attribute__((always_inline))
+
+namespace flash_attn::cpu::FA_LEVEL {
+namespace {
+
+constexpr int lanes = FA_VECTOR_BYTES / 4;
+
+using Vec = float __attribute__((vector_size(FA_VECTOR_BYTES)));
+using IVec = std::int32_t __attribute__((vector_size(FA_VECTOR_BYTES)));
+using UVec = std::uint32_t __attribute__((vector_size(FA_VECTOR_BYTES)));
+using UnalignedVec = float __attribute__((vector_size(FA_VECTOR_BYTES), aligned(4), may_alias));
+
+FA_INLINE Vec load(const float* p) { return *reinterpret_cast<const UnalignedVec*>(p); }
+FA_INLINE void store(float* p, Vec x) { *reinterpret_cast<UnalignedVec*>(p) = x; }
+FA_INLINE Vec splat(float x) { return Vec{} + x; }
+FA_INLINE IVec splat(std::int32_t x) { return IVec{} + x; }
+FA_INLINE UVec splat(std::uint32_t x) { return UVec{} + x; }
+
+FA_INLINE Vec select(IVec mask, Vec yes, Vec no) { return mask ? yes : no; }
+FA_INLINE IVec bits_of(Vec x) { return reinterpret_cast<IVec>(x); }
+FA_INLINE Vec from_bits(IVec x) { return reinterpret_cast<Vec>(x); }
+FA_INLINE Vec to_float(IVec x) { return __builtin_convertvector(x, Vec); }
+FA_INLINE Vec abs_of(Vec x) { return from_bits(bits_of(x) & 0x7fffffff); }
+
+// a > b ? a : b, so b where either is NaN: write the operand whose NaN must survive second.
+FA_INLINE Vec larger_of(Vec a, Vec b) {
+#if defined(__AVX512F__) && FA_VECTOR_BYTES == 64
+  return _mm512_max_ps(a, b);
+#elif defined(__AVX2__) && FA_VECTOR_BYTES == 32
+  return _mm256_max_ps(a, b);
+#else
+  return a > b ? a : b;
+#endif
+}
+FA_INLINE Vec smaller_of(Vec a, Vec b) {
+#if defined(__AVX512F__) && FA_VECTOR_BYTES == 64
+  return _mm512_min_ps(a, b);
+#elif defined(__AVX2__) && FA_VECTOR_BYTES == 32
+  return _mm256_min_ps(a, b);
+#else
+  return a < b ? a : b;
+#endif
+}
+
+// The high half of a 32 x 32 bit product, for Philox.
+FA_INLINE UVec mul_hi(UVec a, UVec b) {
+#if defined(__AVX2__) && FA_VECTOR_BYTES == 32
+  const __m256i even = _mm256_mul_epu32(reinterpret_cast<__m256i>(a), reinterpret_cast<__m256i>(b));
+  const __m256i odd = _mm256_mul_epu32(_mm256_srli_epi64(reinterpret_cast<__m256i>(a), 32),
+                                       _mm256_srli_epi64(reinterpret_cast<__m256i>(b), 32));
+  return reinterpret_cast<UVec>(_mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xAA));
+#elif defined(__AVX512F__) && FA_VECTOR_BYTES == 64
+  const __m512i even = _mm512_mul_epu32(reinterpret_cast<__m512i>(a), reinterpret_cast<__m512i>(b));
+  const __m512i odd = _mm512_mul_epu32(_mm512_srli_epi64(reinterpret_cast<__m512i>(a), 32),
+                                       _mm512_srli_epi64(reinterpret_cast<__m512i>(b), 32));
+  return reinterpret_cast<UVec>(_mm512_mask_blend_epi32(0xAAAA, _mm512_srli_epi64(even, 32), odd));
+#else
+  using Wide = std::uint64_t __attribute__((vector_size(2 * FA_VECTOR_BYTES)));
+  return __builtin_convertvector((__builtin_convertvector(a, Wide) * __builtin_convertvector(b, Wide)) >> 32, UVec);
+#endif
+}
+
+// [lanes] elements, `stride` apart.
+FA_INLINE Vec load_strided(const float* p, std::int64_t stride) {
+  Vec x;
+  for (int lane = 0; lane < lanes; ++lane) x[lane] = p[lane * stride];
+  return x;
+}
+
+// The register tile: acc[M][N vectors] += A[M][depth] * B[depth][N vectors]. Elements of A are broadcast, B is read along its lanes;
+// M * N accumulators, N vectors of B and one broadcast fill the register file.
+template <int M, int N>
+FA_INLINE void matmul_tile(Vec (&acc)[M][N], const float* a, std::int64_t a_row, std::int64_t a_depth, const float* b,
+                           std::int64_t b_depth, int depth) {
+  for (int k = 0; k < depth; ++k) {
+    Vec row[N];
+#pragma GCC unroll 16
+    for (int n = 0; n < N; ++n) row[n] = load(b + n * lanes);
+#pragma GCC unroll 16
+    for (int m = 0; m < M; ++m) {
+      const Vec element = splat(a[m * a_row]);
+#pragma GCC unroll 16
+      for (int n = 0; n < N; ++n) acc[m][n] += element * row[n];
+    }
+    a += a_depth;
+    b += b_depth;
+  }
+}
+
+// Tile shapes. Scores: `panel_vectors` vectors of query rows by score_keys<N> keys. Products with V, dO, Q, K: dim_vectors vectors of
+// head dims by value_rows<N> rows.
+constexpr bool many_registers = FA_VECTOR_REGISTERS >= 32;
+constexpr int panel_vectors = 3;
+constexpr int panel_rows = panel_vectors * lanes;
+constexpr int dim_vectors = 2;
+constexpr int dim_panel = dim_vectors * lanes;
+template <int N>
+constexpr int score_keys = many_registers ? 8 : (N == 3 ? 4 : N == 2 ? 6 : 8);
+template <int N>
+constexpr int value_rows = N == 3 ? (many_registers ? 12 : 6) : 4;
+constexpr int tile_keys = 24;  // a multiple of every tile's keys or rows
+
+constexpr int round_up(int x, int multiple) { return (x + multiple - 1) / multiple * multiple; }
+
+}  // namespace
+}  // namespace flash_attn::cpu::FA_LEVEL

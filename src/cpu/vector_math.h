@@ -1,0 +1,52 @@
+// exp2 and tanh on vectors.
+#pragma once
+
+#include "cpu/tile.h"
+
+namespace flash_attn::cpu::FA_LEVEL {
+namespace {
+
+// 2^x for x <= 0 and a little above; exactly 0 below -127, NaN stays NaN. Minimax polynomial of degree 5, 1.7e-7 relative.
+FA_INLINE Vec exp2_of(Vec x) {
+  constexpr float round_to_integer = 12582912.0f;  // 1.5 * 2^23: adding it leaves the integer in the low mantissa bits
+  x = larger_of(splat(-127.0f), x);
+  const Vec shifted = x + round_to_integer;
+  const Vec f = x - (shifted - round_to_integer);
+  Vec p = splat(0.001326472391f);
+  p = p * f + 0.00967151287f;
+  p = p * f + 0.05550733754f;
+  p = p * f + 0.2402224208f;
+  p = p * f + 0.6931469776f;
+  p = p * f + 1.0f;
+  // A product, not an integer addition to the exponent: 2^-127 is built as 0, and NaN survives it.
+  return p * from_bits((bits_of(shifted) << 23) + 0x3f800000);
+}
+
+// Rational approximation of degree 13 / 6 on [-7.905, 7.905] (Eigen's coefficients), 2.6e-7 relative; NaN stays NaN.
+FA_INLINE Vec tanh_of(Vec x) {
+  constexpr float limit = 7.90531110763549805f;
+  x = smaller_of(splat(limit), larger_of(splat(-limit), x));
+  const Vec x2 = x * x;
+  Vec p = splat(-2.76076847742355e-16f);
+  p = p * x2 + 2.00018790482477e-13f;
+  p = p * x2 - 8.60467152213735e-11f;
+  p = p * x2 + 5.12229709037114e-08f;
+  p = p * x2 + 1.48572235717979e-05f;
+  p = p * x2 + 6.37261928875436e-04f;
+  p = p * x2 + 4.89352455891786e-03f;
+  Vec q = splat(1.19825839466702e-06f);
+  q = q * x2 + 1.18534705686654e-04f;
+  q = q * x2 + 2.26843463243900e-03f;
+  q = q * x2 + 4.89352518554385e-03f;
+  return x * p / q;
+}
+
+// The words that src/semantics needs, for vectors.
+struct VectorWords {
+  static FA_INLINE UVec mul_hi(UVec a, UVec b) { return FA_LEVEL::mul_hi(a, b); }
+  static FA_INLINE Vec tanh(Vec x) { return tanh_of(x); }
+  static FA_INLINE Vec abs(Vec x) { return abs_of(x); }
+};
+
+}  // namespace
+}  // namespace flash_attn::cpu::FA_LEVEL
