@@ -1,0 +1,117 @@
+# make bench is the main job, make test all tests; both set up everything on a fresh Debian machine.
+.DEFAULT_GOAL := help
+SHELL := /bin/bash
+
+# The first Python new enough, whatever provides it (Debian, pyenv, conda). Override: make PYTHON=/path/to/python3
+ifndef PYTHON
+PYTHON := $(shell for p in python3 python3.14 python3.13 python3.12 python3.11 python3.10; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null && echo $$p && exit; done; echo python3)
+endif
+VENV := .venv
+BIN := $(CURDIR)/$(VENV)/bin
+JOBS ?= $(shell nproc 2>/dev/null || echo 2)
+FRACTION ?= 0.02
+FUZZ_SECONDS ?= 60
+BENCH_ARGS ?= --quick
+export CMAKE_BUILD_PARALLEL_LEVEL := $(JOBS)
+export PATH := $(BIN):$(PATH)
+
+PYTHON_BUILD := build/python
+PIP := $(BIN)/python -m pip --disable-pip-version-check -q
+CXX_SOURCES = $(shell git ls-files '*.h' '*.cpp')
+PY_SOURCES := flash_attn tests/python benchmarks
+
+.NOTPARALLEL:
+
+.PHONY: help
+help: ## Show this list
+	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | column -t -s '|'
+
+# ---- set-up
+
+.PHONY: setup-build setup-test setup-lint
+setup-build setup-test setup-lint: setup-%:
+	@PYTHON='$(PYTHON)' scripts/setup_debian.sh $*
+
+# Build tools live in .venv too, so that no build isolation is needed and a rebuild takes seconds.
+$(VENV)/.requirements: pyproject.toml | setup-build
+	[ -x $(BIN)/python ] || $(PYTHON) -m venv $(VENV)
+	sed -n '/^requires = \[/,/^\]/s/^ *"\(.*\)",$$/\1/p' pyproject.toml > $(VENV)/build-requirements.txt
+	$(PIP) install cmake ninja -r $(VENV)/build-requirements.txt
+	touch $@
+
+.PHONY: build
+build: $(VENV)/.requirements ## Build into .venv, editable; fast when little has changed
+	$(call install,[test$(,)bench])
+
+# ---- jobs
+
+.PHONY: bench
+bench: build ## Benchmark against MLX's SDPA, PyTorch if installed, and the machine's ceilings
+	cmake --preset benchmarks --log-level=WARNING
+	cmake --build --preset benchmarks
+	$(BIN)/python benchmarks/benchmark_flash_attn_mlx.py $(BENCH_ARGS)
+
+.PHONY: bench-peers
+bench-peers: build ## Install PyTorch (large) into .venv, so that make bench compares with it
+	PYTHON=$(BIN)/python benchmarks/install_peers.sh
+
+.PHONY: test
+test: setup-test build test-python test-cpp fuzz ## All tests, and a minute of fuzzing
+
+.PHONY: test-python
+test-python: build ## pytest tests/python
+	$(BIN)/python -m pytest -q tests/python
+
+.PHONY: test-full
+test-full: build ## A seeded share of upstream's whole test matrix: make test-full FRACTION=0.02
+	FRACTION=$(FRACTION) $(BIN)/python -m pytest -q -m full tests/python
+
+.PHONY: test-cpp
+test-cpp: setup-test $(VENV)/.requirements ## The C++ tests of a release build
+	$(call cpp_tests,release)
+
+.PHONY: sanitize
+sanitize: setup-test $(VENV)/.requirements ## The C++ tests under ASan + UBSan, then under TSan
+	$(call cpp_tests,asan-ubsan)
+	$(call cpp_tests,tsan)
+
+.PHONY: fuzz
+fuzz: setup-test $(VENV)/.requirements ## Fuzz the kernels under ASan + UBSan for FUZZ_SECONDS
+	cmake --preset fuzz --log-level=WARNING
+	cmake --build --preset fuzz
+	mkdir -p build/fuzz/corpus
+	build/fuzz/tests/cpp/flash_attn_fuzz -max_total_time=$(FUZZ_SECONDS) -print_final_stats=1 \
+		-artifact_prefix=build/fuzz/ build/fuzz/corpus
+
+.PHONY: lint
+lint: setup-lint build ## clang-format, clang-tidy, ruff, mypy
+	$(call install,[dev])
+	$(BIN)/clang-format --dry-run -Werror $(CXX_SOURCES)
+	$(BIN)/ruff check $(PY_SOURCES)
+	$(BIN)/ruff format --check $(PY_SOURCES)
+	$(BIN)/mypy flash_attn
+	scripts/clang_tidy.sh $(PYTHON_BUILD) $(JOBS)
+
+.PHONY: format
+format: $(VENV)/.requirements ## Apply clang-format and ruff
+	$(call install,[dev])
+	$(BIN)/clang-format -i $(CXX_SOURCES)
+	$(BIN)/ruff check --fix $(PY_SOURCES)
+	$(BIN)/ruff format $(PY_SOURCES)
+
+.PHONY: clean
+clean: ## Remove build/ and .venv
+	rm -rf build $(VENV)
+
+, := ,
+
+define install
+	$(PIP) install --no-build-isolation -C build-dir=$(PYTHON_BUILD) -e '.$(1)'
+endef
+
+define cpp_tests
+	cmake --preset $(1) --log-level=WARNING
+	cmake --build --preset $(1)
+	ctest --preset $(1)
+endef

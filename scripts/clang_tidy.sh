@@ -1,0 +1,9 @@
+#!/usr/bin/env bash
+# clang-tidy on our sources, with the flags of the build folder given. Of the ISA levels, which include the same kernels, only one.
+set -euo pipefail
+
+build=${1:?build folder with compile_commands.json}
+jobs=${2:-2}
+
+git ls-files 'src/*.cpp' 'python/*.cpp' | grep -Ev '^src/cpu/levels/(avx512|avx2_tiles|avx512_tiles|neon|baseline)\.cpp$' |
+  xargs -P "$jobs" -n 1 clang-tidy --quiet -p "$build" --extra-arg=-Wno-unknown-warning-option
