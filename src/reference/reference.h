@@ -8,8 +8,8 @@ namespace flash_attn::reference {
 struct Result {
   mx::array out;  // q's dtype and shape, with head_dim_v
   mx::array lse;  // float32, (batch, heads, seqlen_q) or (heads, total_q)
-  mx::array
-      probabilities;  // q's dtype, (batch, heads, max_seqlen_q, max_seqlen_k): normalised, negative where dropped, 0 outside
+  // q's dtype, (batch, heads, max_seqlen_q, max_seqlen_k): normalised, negative where dropped, 0 outside.
+  mx::array probabilities;
 };
 
 /// Same results, masks and gradients as the kernels, computed in float32.

@@ -82,7 +82,10 @@ def dropout_keep(key: Array, dropout_p: float, batch: int, heads: int, seqlen_q:
     """bool (heads, seqlen_q, seqlen_k): what one batch item keeps."""
     key_x, key_y = (int(word) for word in np.asarray(key))
     head, row, column = np.meshgrid(
-        np.arange(heads, dtype=np.uint64), np.arange(seqlen_q, dtype=np.uint64), np.arange(seqlen_k, dtype=np.uint64), indexing="ij"
+        np.arange(heads, dtype=np.uint64),
+        np.arange(seqlen_q, dtype=np.uint64),
+        np.arange(seqlen_k, dtype=np.uint64),
+        indexing="ij",
     )
     r, c = row % 16, column % 32
     lane = (r % 8) * 4 + (c % 8) // 2
@@ -135,10 +138,7 @@ def _forward(q: Array, k: Array, v: Array, s: _Sequence) -> _Forward:
         tanh = r(np.tanh(r(scores / s.softcap)))
         scores = r(tanh * s.softcap)
     scores = np.where(s.visible, r(np.where(s.visible, scores + s.bias, 0.0)), -np.inf)
-    if scores.shape[-1] == 0:
-        maximum = np.full(scores.shape[:-1], -np.inf)
-    else:
-        maximum = scores.max(-1)
+    maximum = scores.max(-1, initial=-np.inf)
     if s.sink is not None:
         maximum = np.maximum(maximum, s.sink[:, None])
     finite = np.where(np.isneginf(maximum), 0.0, maximum)
@@ -260,7 +260,8 @@ def attention(
     varlen = cu_seqlens_q is not None
     if varlen:
         batch = len(cu_seqlens_q) - 1
-        assert max_seqlen_q is not None and max_seqlen_k is not None
+        assert max_seqlen_q is not None
+        assert max_seqlen_k is not None
     else:
         batch, max_seqlen_q, max_seqlen_k = q.shape[0], q.shape[1], k.shape[1]
     slots_q = _slots(batch, max_seqlen_q, cu_seqlens_q, seqused_q)
