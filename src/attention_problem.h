@@ -9,6 +9,10 @@ namespace flash_attn {
 
 enum class DType : std::uint8_t { float32, bfloat16, float16, boolean };
 
+// The largest q, k or v head dim; with qv, q and k grow by v's.
+constexpr std::int32_t max_head_dim_of_tensor = 576;
+constexpr std::int32_t max_head_dim = 2 * max_head_dim_of_tensor;
+
 struct AttentionProblem {
   DType dtype = DType::float32;  // of q, k, v and out; all arithmetic is float32
 

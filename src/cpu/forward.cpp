@@ -1,7 +1,6 @@
 // The forward pass: memory, threads and order. Arithmetic is in forward_kernel.h.
 
 #include <algorithm>
-#include <cstring>
 #include <limits>
 #include <vector>
 
@@ -26,35 +25,14 @@ std::int32_t forward_key_block(const AttentionProblem& problem) {
   return std::max(problem.head_dim, problem.head_dim_v) <= 160 ? 120 : 72;
 }
 
-// Rows of out and lse that no sequence covers: they exist when a call is varlen or has seqused_q.
 void clear_unused_rows(const AttentionProblem& problem, const std::vector<Sequence>& sequences, const ForwardOutputs& outputs) {
-  const std::int64_t row_bytes = problem.dtype == DType::float32 ? 4 : 2;
-  const auto clear = [&](std::int64_t batch, std::int64_t begin, std::int64_t end) {
-    for (std::int64_t row = begin; row < end; ++row) {
-      for (std::int64_t head = 0; head < problem.heads_q; ++head) {
-        const Strides& strides = outputs.out.strides;
-        const std::int64_t offset = batch * strides.batch + row * strides.seq + head * strides.head;
-        for (std::int64_t d = 0; d < problem.head_dim_v; ++d) {
-          std::memset(static_cast<char*>(outputs.out.data) + (offset + d * strides.dim) * row_bytes, 0,
-                      static_cast<std::size_t>(row_bytes));
-        }
-        outputs.lse[batch * outputs.lse_strides.batch + head * outputs.lse_strides.head + row * outputs.lse_strides.seq] =
-            -std::numeric_limits<float>::infinity();
-      }
+  for_each_unused_row(problem, sequences, Side::q, [&](std::int64_t batch, std::int64_t row) {
+    zero_row(outputs.out, batch, row, problem.heads_q, problem.head_dim_v);
+    for (std::int64_t head = 0; head < problem.heads_q; ++head) {
+      outputs.lse[batch * outputs.lse_strides.batch + head * outputs.lse_strides.head + row * outputs.lse_strides.seq] =
+          -std::numeric_limits<float>::infinity();
     }
-  };
-  if (!problem.varlen) {
-    for (std::int32_t batch = 0; batch < problem.batch; ++batch) {
-      clear(batch, sequences[static_cast<std::size_t>(batch)].q.length, problem.max_seqlen_q);
-    }
-    return;
-  }
-  std::int64_t covered = 0;
-  for (const Sequence& sequence : sequences) {
-    clear(0, covered, sequence.q.begin);
-    covered = sequence.q.begin + sequence.q.length;
-  }
-  clear(0, covered, problem.total_q);
+  });
 }
 
 struct PackedUnit {
@@ -69,11 +47,6 @@ struct RowTask {
   std::int32_t row_end;
   std::int64_t cost;  // keys to visit, for the order only
 };
-
-std::int32_t row_block_cost(const Unit& unit, std::int32_t group, std::int32_t row_begin, std::int32_t row_end) {
-  const KeyRange keys = visible_keys_of_rows(unit.rule, row_begin / group, (row_end - 1) / group + 1);
-  return std::max(0, keys.end - keys.begin);
-}
 
 // Units [begin, end): packs their K and V once, then runs their row blocks, heaviest first.
 void forward_units(const Kernels& level, const ForwardPass& pass, int threads, const Unit* begin, const Unit* end) {
@@ -100,10 +73,10 @@ void forward_units(const Kernels& level, const ForwardPass& pass, int threads, c
     for (std::int32_t block = seen.begin / pass.key_block; block * pass.key_block < seen.end; ++block) {
       block_tasks.push_back({&unit, block, packed.get() + (packed_units[i].first_block + block) * pass.packed_block_size});
     }
-    for (std::int32_t row = 0; row < unit.packed_rows; row += rows_per_task) {
-      const std::int32_t row_end = std::min(row + rows_per_task, unit.packed_rows);
-      const std::int64_t keys = row_block_cost(unit, pass.problem->group(), row, row_end);
-      row_tasks.push_back({i, row, row_end, keys * (row_end - row)});
+    for (std::int32_t row = 0; row < unit.packed_rows(); row += rows_per_task) {
+      const std::int32_t row_end = std::min(row + rows_per_task, unit.packed_rows());
+      const KeyRange keys = visible_keys_of_packed_rows(unit, row, row_end);
+      row_tasks.push_back({i, row, row_end, std::int64_t{keys.end - keys.begin} * (row_end - row)});
     }
   }
   parallel_for(static_cast<std::int64_t>(block_tasks.size()), threads, [&](std::int64_t i, int) {

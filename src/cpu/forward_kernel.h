@@ -9,13 +9,14 @@
 //   O = O / l;  lse = ln 2 (m + log2 l)
 #pragma once
 
+#include "cpu/products.h"
 #include "cpu/score_steps.h"
 
 namespace flash_attn::cpu::FA_LEVEL {
 namespace {
 
-constexpr int task_panels = 4;     // panels of rows that share a key block while it is in cache
-constexpr int overhang_keys = 8;   // a score tile may compute this many keys past the end; their scores are ignored
+constexpr int task_panels = 4;            // panels of rows that share a key block while it is in cache
+constexpr int overhang_keys = tile_keys;  // a score tile may compute this many keys past the end; their scores are ignored
 
 // ---- packing: K [key block + overhang][head_dim], V [dim panels][key block][dim_panel], float32
 
@@ -27,77 +28,11 @@ inline std::int64_t packed_block_size(const AttentionProblem& problem, std::int3
   return packed_keys_size(problem, key_block) + std::int64_t{key_block} * round_up(problem.head_dim_v, dim_panel);
 }
 
-// Copies a block of K and V. A slot that no query of the sequence sees becomes 0, so that 0 * NaN cannot leave it.
 inline void pack_keys_values(const ForwardPass& pass, const Unit& unit, std::int32_t block, float* packed) {
   const AttentionProblem& problem = *pass.problem;
-  const ConstTensor& k = pass.inputs->k;
-  const ConstTensor& v = pass.inputs->v;
-  const KeyRange seen = visible_keys_of_rows(unit.rule, 0, unit.rule.seqlen_q);
-  const int dim_v = problem.head_dim_v;
-  const int panels_v = round_up(dim_v, dim_panel) / dim_panel;
-  float* values = packed + packed_keys_size(problem, pass.key_block);
-  for (int row = 0; row < pass.key_block; ++row) {
-    const std::int32_t key = block * pass.key_block + row;
-    float* k_row = packed + std::int64_t{row} * problem.head_dim;
-    if (key < seen.begin || key >= seen.end) {
-      for (int d = 0; d < problem.head_dim; ++d) k_row[d] = 0.0f;
-      for (int p = 0; p < panels_v; ++p) {
-        for (int n = 0; n < dim_vectors; ++n) store(values + (std::int64_t{p} * pass.key_block + row) * dim_panel + n * lanes, Vec{});
-      }
-      continue;
-    }
-    const std::int64_t slot = unit.sequence.k.begin + std::int64_t{key};
-    const std::int64_t k_offset = unit.batch * k.strides.batch + slot * k.strides.seq + unit.kv_head * k.strides.head;
-    const std::int64_t v_offset = unit.batch * v.strides.batch + slot * v.strides.seq + unit.kv_head * v.strides.head;
-    read_row(k.dtype, element(k.data, k.dtype, k_offset), k.strides.dim, problem.head_dim, k_row);
-    for (int p = 0; p < panels_v; ++p) {
-      float* panel_row = values + (std::int64_t{p} * pass.key_block + row) * dim_panel;
-      const int dims = min_of(dim_panel, dim_v - p * dim_panel);
-      const std::int64_t dim_offset = v_offset + std::int64_t{p} * dim_panel * v.strides.dim;
-      read_row(v.dtype, element(v.data, v.dtype, dim_offset), v.strides.dim, dims, panel_row);
-      for (int d = dims; d < dim_panel; ++d) panel_row[d] = 0.0f;
-    }
-  }
-}
-
-// ---- the two products
-
-// S^T [keys][stride] = K [keys][dim] Q^T [dim][N vectors].
-template <int N>
-inline void score_product(const float* k, int dim, const float* q_transposed, int keys, float* scores, std::int64_t stride) {
-  constexpr int M = score_keys<N>;
-  for (int key = 0; key < keys; key += M) {
-    Vec acc[M][N] = {};
-    matmul_tile<M, N>(acc, k + std::int64_t{key} * dim, dim, 1, q_transposed, N * lanes, dim);
-    for (int m = 0; m < M; ++m) {
-      for (int n = 0; n < N; ++n) store(scores + (key + m) * stride + n * lanes, acc[m][n]);
-    }
-  }
-}
-
-// O [rows][dims] = alpha O + P^T [keys][rows] V [dim panels][keys][dim_panel].
-template <int N>
-inline void value_product(const float* p, int keys, const float* v, std::int64_t v_panel_stride, int panels_v, const float* alpha,
-                          float* o) {
-  constexpr int M = value_rows<N>;
-  const int dims = panels_v * dim_panel;
-  for (int panel = 0; panel < panels_v; ++panel) {
-    for (int row = 0; row < N * lanes; row += M) {
-      float* tile = o + std::int64_t{row} * dims + panel * dim_panel;
-      Vec acc[M][dim_vectors];
-#pragma GCC unroll 16
-      for (int m = 0; m < M; ++m) {
-#pragma GCC unroll 4
-        for (int n = 0; n < dim_vectors; ++n) acc[m][n] = load(tile + m * dims + n * lanes) * alpha[row + m];
-      }
-      matmul_tile<M, dim_vectors>(acc, p + row, 1, N * lanes, v + panel * v_panel_stride, dim_panel, keys);
-#pragma GCC unroll 16
-      for (int m = 0; m < M; ++m) {
-#pragma GCC unroll 4
-        for (int n = 0; n < dim_vectors; ++n) store(tile + m * dims + n * lanes, acc[m][n]);
-      }
-    }
-  }
+  const KeyBlock keys = {block * pass.key_block, pass.key_block};
+  pack_rows(pass.inputs->k, unit, keys, problem.head_dim, packed);
+  pack_panels(pass.inputs->v, unit, keys, problem.head_dim_v, packed + packed_keys_size(problem, pass.key_block));
 }
 
 // ---- online softmax

@@ -26,6 +26,25 @@ struct ForwardTask {
   std::int32_t row_end;
 };
 
+// Backward. The rows of a unit are prepared once, one block after the other; dQ gathers in float32 blocks of the same rows.
+struct BackwardPass {
+  const AttentionProblem* problem;
+  const AttentionInputs* inputs;
+  const BackwardInputs* saved;
+  const Gradients* gradients;
+  std::int32_t key_block;       // keys a block
+  std::int64_t row_block_size;  // floats that a prepared row block takes
+  std::int64_t dq_block_size;   // floats that a row block of dQ takes
+};
+
+struct BackwardTask {
+  const Unit* unit;
+  std::int32_t block;      // of keys
+  float* rows;             // the unit's prepared row blocks
+  float* dq;               // the unit's row blocks of dQ; null: not wanted
+  std::int32_t* dq_turns;  // per row block, the key block that may add to dQ next; null: the caller runs them in order
+};
+
 struct Kernels {
   const char* name;
 
@@ -33,11 +52,20 @@ struct Kernels {
   std::int32_t panel_rows;  // query rows in the lanes of a score panel
   std::int32_t dim_panel;   // head dims in the lanes of an output panel
   std::int32_t tile_keys;   // a key block is a multiple of this
+  std::int32_t row_block;   // packed rows in a row block of backward
 
   std::int64_t (*packed_block_size)(const AttentionProblem& problem, std::int32_t key_block);
   void (*pack_keys_values)(const ForwardPass& pass, const Unit& unit, std::int32_t block, float* packed);
   std::int64_t (*forward_scratch_size)(const ForwardPass& pass);
   void (*forward_rows)(const ForwardPass& pass, const ForwardTask& task, float* scratch);
+
+  std::int64_t (*row_block_size)(const AttentionProblem& problem);
+  std::int64_t (*dq_block_size)(const AttentionProblem& problem);
+  std::int64_t (*backward_scratch_size)(const BackwardPass& pass);
+  void (*prepare_rows)(const BackwardPass& pass, const Unit& unit, std::int32_t row_begin, float* rows);
+  void (*add_sink_gradient)(const BackwardPass& pass, const Unit& unit, std::int32_t row_begin, const float* rows, double* dsink);
+  void (*backward_keys)(const BackwardPass& pass, const BackwardTask& task, float* scratch);
+  void (*write_query_gradients)(const BackwardPass& pass, const Unit& unit, std::int32_t row_begin, const float* dq);
 };
 
 extern const Kernels baseline_kernels;

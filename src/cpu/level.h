@@ -2,6 +2,7 @@
 // and its table.
 #pragma once
 
+#include "cpu/backward_kernel.h"
 #include "cpu/forward_kernel.h"
 
 #define FA_JOIN_(a, b) a##b
@@ -16,10 +17,18 @@ const Kernels FA_JOIN(FA_LEVEL, _kernels) = {
     FA_LEVEL::panel_rows,
     FA_LEVEL::dim_panel,
     FA_LEVEL::tile_keys,
+    FA_LEVEL::row_block,
     FA_LEVEL::packed_block_size,
     FA_LEVEL::pack_keys_values,
     FA_LEVEL::forward_scratch_size,
     FA_LEVEL::forward_rows,
+    FA_LEVEL::row_block_size,
+    FA_LEVEL::dq_block_size,
+    FA_LEVEL::backward_scratch_size,
+    FA_LEVEL::prepare_rows,
+    FA_LEVEL::add_sink_gradient,
+    FA_LEVEL::backward_keys,
+    FA_LEVEL::write_query_gradients,
 };
 
 }  // namespace flash_attn::cpu

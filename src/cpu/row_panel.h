@@ -48,11 +48,10 @@ struct RowPanel {
     vectors = (rows + lanes - 1) / lanes;
     some = {highest_int, lowest_int};
     all = {lowest_int, highest_int};
-    const int group = problem.group();
     for (int lane = 0; lane < width(); ++lane) {
       const int row = row_begin + (lane < rows ? lane : rows - 1);
-      query[lane] = row / group;
-      head[lane] = unit.kv_head * group + row % group;
+      query[lane] = row / unit.group;
+      head[lane] = unit.first_head + row % unit.group;
       KeyRange keys = visible_keys(unit.rule, query[lane]);
       if (keys.begin >= keys.end) {
         keys = {0, 0};
@@ -80,18 +79,6 @@ struct RowPanel {
     return unit.batch * strides.batch + head[lane] * strides.head + (unit.sequence.q.begin + std::int64_t{query[lane]}) * strides.seq;
   }
 };
-
-// [dim][width] = the panel's rows of `tensor` times `scale`, transposed. `row_buffer` holds lanes * dim floats.
-inline void pack_transposed(const RowPanel& panel, const Unit& unit, const ConstTensor& tensor, int dim, float scale, float* packed,
-                            float* row_buffer) {
-  for (int v = 0; v < panel.vectors; ++v) {
-    for (int lane = 0; lane < lanes; ++lane) {
-      const std::int64_t row = panel.offset(unit, tensor.strides, v * lanes + lane);
-      read_row(tensor.dtype, element(tensor.data, tensor.dtype, row), tensor.strides.dim, dim, row_buffer + lane * dim);
-    }
-    for (int d = 0; d < dim; ++d) store(packed + d * panel.width() + v * lanes, load_strided(row_buffer + d, dim) * scale);
-  }
-}
 
 }  // namespace
 }  // namespace flash_attn::cpu::FA_LEVEL

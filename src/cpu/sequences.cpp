@@ -1,26 +1,28 @@
 #include "cpu/sequences.h"
 
+#include <cstring>
+
 namespace flash_attn::cpu {
 namespace {
 
-struct Side {
+struct Lengths {
   const std::int32_t* cu_seqlens;
   const std::int32_t* seqused;
   std::int32_t total;
   std::int32_t max_seqlen;
 };
 
-Extent extent_of(const Side& side, std::int32_t batch, std::int32_t previous_end) {
-  const std::int32_t used = side.seqused ? side.seqused[batch] : side.max_seqlen;
-  if (!side.cu_seqlens) return sequence_extent(0, side.max_seqlen, 0, side.max_seqlen, side.max_seqlen, used);
-  return sequence_extent(side.cu_seqlens[batch], side.cu_seqlens[batch + 1], previous_end, side.total, side.max_seqlen, used);
+Extent extent_of(const Lengths& lengths, std::int32_t batch, std::int32_t previous_end) {
+  const std::int32_t used = lengths.seqused ? lengths.seqused[batch] : lengths.max_seqlen;
+  if (!lengths.cu_seqlens) return sequence_extent(0, lengths.max_seqlen, 0, lengths.max_seqlen, lengths.max_seqlen, used);
+  return sequence_extent(lengths.cu_seqlens[batch], lengths.cu_seqlens[batch + 1], previous_end, lengths.total, lengths.max_seqlen, used);
 }
 
 }  // namespace
 
 std::vector<Sequence> sequences_of(const AttentionProblem& problem, const AttentionInputs& inputs) {
-  const Side q = {inputs.cu_seqlens_q, inputs.seqused_q, problem.total_q, problem.max_seqlen_q};
-  const Side k = {inputs.cu_seqlens_k, inputs.seqused_k, problem.total_k, problem.max_seqlen_k};
+  const Lengths q = {inputs.cu_seqlens_q, inputs.seqused_q, problem.total_q, problem.max_seqlen_q};
+  const Lengths k = {inputs.cu_seqlens_k, inputs.seqused_k, problem.total_k, problem.max_seqlen_k};
   std::vector<Sequence> sequences;
   sequences.reserve(static_cast<std::size_t>(problem.batch));
   Sequence previous = {};
@@ -40,10 +42,40 @@ std::vector<Unit> units_of(const AttentionProblem& problem, const std::vector<Se
     const Sequence& sequence = sequences[batch];
     const MaskRule rule = problem.mask_rule(sequence.q.length, sequence.k.length);
     for (std::int32_t kv_head = 0; kv_head < problem.heads_k; ++kv_head) {
-      units.push_back({static_cast<std::int32_t>(batch), kv_head, sequence, rule, sequence.q.length * problem.group()});
+      units.push_back({static_cast<std::int32_t>(batch), kv_head, kv_head * problem.group(), problem.group(), sequence, rule});
     }
   }
   return units;
+}
+
+void for_each_unused_row(const AttentionProblem& problem, const std::vector<Sequence>& sequences, Side side,
+                         const std::function<void(std::int64_t batch, std::int64_t row)>& visit) {
+  const std::int64_t total = side == Side::q ? problem.total_q : problem.total_k;
+  const std::int64_t max_seqlen = side == Side::q ? problem.max_seqlen_q : problem.max_seqlen_k;
+  std::int64_t covered = 0;
+  for (std::size_t batch = 0; batch < sequences.size(); ++batch) {
+    const Extent& extent = side == Side::q ? sequences[batch].q : sequences[batch].k;
+    if (problem.varlen) {
+      for (; covered < extent.begin; ++covered) visit(0, covered);
+      covered = extent.begin + extent.length;
+    } else {
+      for (std::int64_t row = extent.length; row < max_seqlen; ++row) visit(static_cast<std::int64_t>(batch), row);
+    }
+  }
+  if (problem.varlen) {
+    for (; covered < total; ++covered) visit(0, covered);
+  }
+}
+
+void zero_row(const Tensor& tensor, std::int64_t batch, std::int64_t row, std::int64_t heads, std::int64_t dim) {
+  const std::size_t size = tensor.dtype == DType::float32 ? 4 : 2;
+  for (std::int64_t head = 0; head < heads; ++head) {
+    for (std::int64_t d = 0; d < dim; ++d) {
+      const std::int64_t offset =
+          batch * tensor.strides.batch + row * tensor.strides.seq + head * tensor.strides.head + d * tensor.strides.dim;
+      std::memset(static_cast<char*>(tensor.data) + offset * static_cast<std::int64_t>(size), 0, size);
+    }
+  }
 }
 
 }  // namespace flash_attn::cpu

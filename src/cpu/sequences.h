@@ -1,6 +1,7 @@
 // The sequences of a call and the units of work they make.
 #pragma once
 
+#include <functional>
 #include <vector>
 
 #include "cpu/attention.h"
@@ -13,5 +14,15 @@ std::vector<Sequence> sequences_of(const AttentionProblem& problem, const Attent
 
 /// One per (batch, kv head), kv heads of a batch item side by side.
 std::vector<Unit> units_of(const AttentionProblem& problem, const std::vector<Sequence>& sequences);
+
+enum class Side { q, k };
+
+/// Calls visit(batch, row) for the rows of q or k that belong to no sequence: they exist when a call is varlen or has seqused.
+/// The batch is 0 when varlen.
+void for_each_unused_row(const AttentionProblem& problem, const std::vector<Sequence>& sequences, Side side,
+                         const std::function<void(std::int64_t batch, std::int64_t row)>& visit);
+
+/// Zeros one row of a tensor, all its heads.
+void zero_row(const Tensor& tensor, std::int64_t batch, std::int64_t row, std::int64_t heads, std::int64_t dim);
 
 }  // namespace flash_attn::cpu

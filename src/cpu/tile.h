@@ -30,9 +30,10 @@ using UnalignedVec = float __attribute__((vector_size(FA_VECTOR_BYTES), aligned(
 
 FA_INLINE Vec load(const float* p) { return *reinterpret_cast<const UnalignedVec*>(p); }
 FA_INLINE void store(float* p, Vec x) { *reinterpret_cast<UnalignedVec*>(p) = x; }
-FA_INLINE Vec splat(float x) { return Vec{} + x; }
-FA_INLINE IVec splat(std::int32_t x) { return IVec{} + x; }
-FA_INLINE UVec splat(std::uint32_t x) { return UVec{} + x; }
+// x - 0 and not x + 0, which would be an addition for the sake of -0.
+FA_INLINE Vec splat(float x) { return x - Vec{}; }
+FA_INLINE IVec splat(std::int32_t x) { return x - IVec{}; }
+FA_INLINE UVec splat(std::uint32_t x) { return x - UVec{}; }
 
 FA_INLINE Vec select(IVec mask, Vec yes, Vec no) { return mask ? yes : no; }
 FA_INLINE IVec bits_of(Vec x) { return reinterpret_cast<IVec>(x); }
@@ -113,10 +114,10 @@ constexpr int panel_rows = panel_vectors * lanes;
 constexpr int dim_vectors = 2;
 constexpr int dim_panel = dim_vectors * lanes;
 template <int N>
-constexpr int score_keys = many_registers ? 8 : (N == 3 ? 4 : N == 2 ? 6 : 8);
+constexpr int score_keys = many_registers ? 8 : (N == 3 ? 4 : N == 2 ? 6 : 12);
 template <int N>
 constexpr int value_rows = N == 3 ? (many_registers ? 12 : 6) : 4;
-constexpr int tile_keys = 24;  // a multiple of every tile's keys or rows
+constexpr int tile_keys = many_registers ? 24 : 12;  // a multiple of every tile's keys: no product runs past a block
 
 constexpr int round_up(int x, int multiple) { return (x + multiple - 1) / multiple * multiple; }
 
