@@ -10,6 +10,7 @@
 #include "cpu/buffer.h"
 #include "cpu/isa.h"
 #include "cpu/kernels.h"
+#include "cpu/mask_gradient.h"
 #include "cpu/parallel.h"
 #include "cpu/sequences.h"
 
@@ -157,6 +158,8 @@ void backward(const AttentionProblem& problem, const AttentionInputs& inputs, co
   const BackwardPass pass = {&problem,  &inputs,    &saved, &gradients, backward_key_block(problem), level.row_block_size(problem),
                              level.dq_block_size(problem)};
   clear_unused_rows(problem, sequences, gradients);
+  if (gradients.dmask) mask_gradient(level, pass, threads, sequences);
+  if (!gradients.dq.data && !gradients.dk.data && !gradients.dv.data && !gradients.dsink) return;
 
   std::vector<std::pair<std::int64_t, const Unit*>> by_cost;
   for (const Unit& unit : units) by_cost.emplace_back(cost_of(unit, level.row_block), &unit);

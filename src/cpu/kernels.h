@@ -45,6 +45,15 @@ struct BackwardTask {
   std::int32_t* dq_turns;  // per row block, the key block that may add to dQ next; null: the caller runs them in order
 };
 
+struct MaskGradientTask {
+  const Unit* unit;  // of one head
+  std::int32_t row_begin;
+  std::int32_t block;  // of keys
+  float* dmask;        // element (query, key) at query * row_stride + key * key_stride; a stride of 0 sums
+  std::int64_t row_stride;
+  std::int64_t key_stride;
+};
+
 struct Kernels {
   const char* name;
 
@@ -66,6 +75,9 @@ struct Kernels {
   void (*add_sink_gradient)(const BackwardPass& pass, const Unit& unit, std::int32_t row_begin, const float* rows, double* dsink);
   void (*backward_keys)(const BackwardPass& pass, const BackwardTask& task, float* scratch);
   void (*write_query_gradients)(const BackwardPass& pass, const Unit& unit, std::int32_t row_begin, const float* dq);
+
+  std::int64_t (*mask_gradient_scratch_size)(const BackwardPass& pass);
+  void (*add_mask_gradient)(const BackwardPass& pass, const MaskGradientTask& task, float* scratch);
 };
 
 extern const Kernels baseline_kernels;

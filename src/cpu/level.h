@@ -4,6 +4,7 @@
 
 #include "cpu/backward_kernel.h"
 #include "cpu/forward_kernel.h"
+#include "cpu/mask_gradient_kernel.h"
 
 #define FA_JOIN_(a, b) a##b
 #define FA_JOIN(a, b) FA_JOIN_(a, b)
@@ -29,6 +30,8 @@ const Kernels FA_JOIN(FA_LEVEL, _kernels) = {
     FA_LEVEL::add_sink_gradient,
     FA_LEVEL::backward_keys,
     FA_LEVEL::write_query_gradients,
+    FA_LEVEL::mask_gradient_scratch_size,
+    FA_LEVEL::add_mask_gradient,
 };
 
 }  // namespace flash_attn::cpu

@@ -1,0 +1,46 @@
+// Gradient of an additive attn_mask: dS itself (the mask is added after softcap), summed over whatever the mask broadcasts over.
+// A pass of its own over S and dP, taken only when that gradient is wanted: it owns its output, so sums keep one order.
+#pragma once
+
+#include "cpu/backward_kernel.h"
+
+namespace flash_attn::cpu::FA_LEVEL {
+namespace {
+
+inline std::int64_t mask_gradient_scratch_size(const BackwardPass& pass) {
+  return KeyBlockBuffers::size(*pass.problem, pass.key_block) + pass.row_block_size;
+}
+
+// Adds dS of one row block against one key block to task.dmask.
+inline void add_mask_gradient(const BackwardPass& pass, const MaskGradientTask& task, float* scratch) {
+  const AttentionProblem& problem = *pass.problem;
+  const Unit& unit = *task.unit;
+  const KeyBlock keys = {task.block * pass.key_block, pass.key_block};
+  const int row_end = min_of(task.row_begin + row_block, unit.packed_rows());
+  const KeyRange seen = visible_keys_of_packed_rows(unit, task.row_begin, row_end);
+  const int begin = max_of(seen.begin - keys.begin, 0) / tile_keys * tile_keys;
+  const int end = min_of(round_up(seen.end - keys.begin, tile_keys), keys.size);
+  if (seen.begin >= seen.end || begin >= end) return;
+
+  const KeyBlockBuffers buffers(problem, pass.key_block, scratch + pass.row_block_size);
+  const RowBlock rows(problem, scratch);
+  const ScoreSteps steps(problem, *pass.inputs);
+  prepare_rows(pass, unit, task.row_begin, scratch);
+  pack_rows(pass.inputs->k, unit, keys, problem.head_dim, buffers.k_rows);
+  pack_rows(pass.inputs->v, unit, keys, problem.head_dim_v, buffers.v_rows);
+  const int last = min_of(end, unit.sequence.k.length - keys.begin);
+  for (int row = task.row_begin; row < row_end; row += panel_rows) {
+    const RowPanel panel(problem, *pass.inputs, unit, row, row_end);
+    const int column = row - task.row_begin;
+    panel_gradients(pass, steps, buffers, keys, begin, end - begin, panel, rows, column);
+    for (int lane = 0; lane < panel.rows; ++lane) {
+      float* destination = task.dmask + panel.query[lane] * task.row_stride;
+      for (int key = begin; key < last; ++key) {
+        destination[(keys.begin + key) * task.key_stride] += buffers.gradients[std::int64_t{key} * row_block + column + lane];
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace flash_attn::cpu::FA_LEVEL
