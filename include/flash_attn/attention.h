@@ -47,7 +47,15 @@ struct AttentionOptions {
   std::optional<mx::array> seqused_k;
   std::optional<mx::array> dropout_key;        // uint32 (2,), as mlx::core::random::key gives; needed when dropout_p > 0
   int num_splits = 0;                          // accepted; a hint for decoding
+  bool return_softmax_lse = false;             // lse will be read: never routed to MLX's SDPA, which has none
   mx::StreamOrDevice stream = {};
+};
+
+/// Where a call goes, and why: "kernel" (ours), "sdpa" (mlx::core::fast) or "reference" (MLX ops).
+struct Route {
+  enum class Target { kernel, sdpa, reference };
+  Target target;
+  std::string why;
 };
 
 struct AttentionResult {
@@ -55,6 +63,7 @@ struct AttentionResult {
   mx::array lse;      // float32, natural log, before dropout: (batch, heads, seqlen_q), varlen (heads, total_q)
   mx::array S_dmask;  // probabilities, negative where dropped, (batch, heads, seqlen_q, seqlen_k); shape (0,) when dropout_p is 0
                       // or return_attn_probs is false
+  Route route;
 };
 
 /// q (batch, seqlen_q, heads, head_dim), k (batch, seqlen_k, heads_k, head_dim), v (batch, seqlen_k, heads_k, head_dim_v);
@@ -89,12 +98,10 @@ std::pair<mx::array, mx::array> flash_attn_combine(const mx::array& out_partial,
                                                    std::optional<mx::Dtype> out_dtype = std::nullopt,
                                                    mx::StreamOrDevice stream = {});
 
-/// Where a call would go, and why: "kernel" (ours), "sdpa" (mlx::core::fast) or "reference" (MLX ops).
-struct Route {
-  enum class Target { kernel, sdpa, reference };
-  Target target;
-  std::string why;
-};
+/// Where a call would go.
 Route route(const mx::array& q, const mx::array& k, const mx::array& v, const AttentionOptions& options = {});
+
+/// Whether mlx::core::fast::scaled_dot_product_attention could compute this call with the same meaning, on any backend.
+bool can_use_mlx_sdpa(const mx::array& q, const mx::array& k, const mx::array& v, const AttentionOptions& options = {});
 
 }  // namespace flash_attn

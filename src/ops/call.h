@@ -12,17 +12,17 @@ namespace flash_attn {
 
 namespace mx = mlx::core;
 
-/// The optional arrays of a call. Order and presence are part of the node's identity; `AttentionCall::inputs` lists those present
-/// after q, k, v in this order.
+/// The optional arrays of a call. Order and presence are part of the node's identity; `AttentionCall::inputs` lists those
+/// present after q, k, v in this order.
 struct OptionalInputs {
   std::optional<mx::array> attn_mask;       // 4-D, unexpanded: axes of 1 broadcast
   std::optional<mx::array> learnable_sink;  // float32 (heads_q,)
   std::optional<mx::array> alibi_slopes;    // float32 (heads_q,) or (batch, heads_q)
   std::optional<mx::array> cu_seqlens_q;    // int32 (batch + 1,)
   std::optional<mx::array> cu_seqlens_k;
-  std::optional<mx::array> seqused_q;       // int32 (batch,)
+  std::optional<mx::array> seqused_q;  // int32 (batch,)
   std::optional<mx::array> seqused_k;
-  std::optional<mx::array> dropout_key;     // uint32 (2,)
+  std::optional<mx::array> dropout_key;  // uint32 (2,)
 };
 
 struct AttentionCall {

@@ -1,0 +1,33 @@
+"""flash-attention's API on MLX arrays. The same functions as `flash_attn.flash_attn_mlx`."""
+
+from .flash_attn_mlx.utils import warn_if_upstream_is_installed
+
+warn_if_upstream_is_installed()
+
+from .flash_attn_mlx import (  # noqa: E402  (the warning explains an error that may follow)
+    _can_use_mlx_sdpa,
+    _route,
+    flash_attention_mlx,
+    flash_attn_combine,
+    flash_attn_func,
+    flash_attn_kvpacked_func,
+    flash_attn_qkvpacked_func,
+    flash_attn_varlen_func,
+    flash_attn_varlen_kvpacked_func,
+    flash_attn_varlen_qkvpacked_func,
+)
+from .flash_attn_mlx._build_info import VERSION as __version__  # noqa: E402
+
+__all__ = [
+    "__version__",
+    "_can_use_mlx_sdpa",
+    "_route",
+    "flash_attention_mlx",
+    "flash_attn_combine",
+    "flash_attn_func",
+    "flash_attn_kvpacked_func",
+    "flash_attn_qkvpacked_func",
+    "flash_attn_varlen_func",
+    "flash_attn_varlen_kvpacked_func",
+    "flash_attn_varlen_qkvpacked_func",
+]

@@ -1,0 +1,31 @@
+"""flash-attention for MLX: upstream's functions on MLX arrays."""
+
+from .utils import load_core
+
+load_core()
+
+from .interface import (  # noqa: E402  (only after the compiled module is known to work)
+    _can_use_mlx_sdpa,
+    _route,
+    flash_attention_mlx,
+    flash_attn_combine,
+    flash_attn_func,
+    flash_attn_kvpacked_func,
+    flash_attn_qkvpacked_func,
+    flash_attn_varlen_func,
+    flash_attn_varlen_kvpacked_func,
+    flash_attn_varlen_qkvpacked_func,
+)
+
+__all__ = [
+    "_can_use_mlx_sdpa",
+    "_route",
+    "flash_attention_mlx",
+    "flash_attn_combine",
+    "flash_attn_func",
+    "flash_attn_kvpacked_func",
+    "flash_attn_qkvpacked_func",
+    "flash_attn_varlen_func",
+    "flash_attn_varlen_kvpacked_func",
+    "flash_attn_varlen_qkvpacked_func",
+]

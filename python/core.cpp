@@ -1,0 +1,116 @@
+// flash_attn.flash_attn_mlx._core: the C++ functions as Python sees them. Conversions only; interface.py documents them.
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/pair.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/variant.h>
+
+#include <exception>
+#include <optional>
+#include <string>
+#include <tuple>
+#include <utility>
+
+#include "flash_attn/attention.h"
+#include "flash_attn/device.h"
+#include "mlx/mlx.h"
+
+namespace nb = nanobind;
+namespace mx = mlx::core;
+using namespace nb::literals;
+
+namespace {
+
+using flash_attn::AttentionOptions;
+using flash_attn::AttentionResult;
+
+void translate_errors() {
+  nb::register_exception_translator([](const std::exception_ptr& pointer, void*) {
+    try {
+      std::rethrow_exception(pointer);
+    } catch (const flash_attn::TypeError& error) {
+      PyErr_SetString(PyExc_TypeError, error.what());
+    } catch (const flash_attn::NotImplementedError& error) {
+      PyErr_SetString(PyExc_NotImplementedError, error.what());
+    }
+  });
+}
+
+const char* name_of(flash_attn::Route::Target target) {
+  switch (target) {
+    case flash_attn::Route::Target::kernel:
+      return "kernel";
+    case flash_attn::Route::Target::sdpa:
+      return "sdpa";
+    case flash_attn::Route::Target::reference:
+      return "reference";
+  }
+  return "";
+}
+
+nb::tuple tuple_of(AttentionResult result) {
+  return nb::make_tuple(std::move(result.out), std::move(result.lse), std::move(result.S_dmask), name_of(result.route.target));
+}
+
+void bind_options(nb::module_& module) {
+  nb::class_<AttentionOptions>(module, "AttentionOptions")
+      .def(
+          "__init__",
+          [](AttentionOptions* self, double dropout_p, std::optional<double> softmax_scale, bool causal,
+             std::pair<int, int> window_size, double softcap, std::optional<mx::array> alibi_slopes, bool deterministic,
+             bool return_attn_probs, std::optional<mx::array> learnable_sink, std::optional<mx::array> attn_mask,
+             std::optional<mx::array> qv, int attention_chunk, std::optional<mx::array> seqused_q,
+             std::optional<mx::array> seqused_k, std::optional<mx::array> dropout_key, int num_splits, bool return_softmax_lse,
+             mx::StreamOrDevice stream) {
+            new (self) AttentionOptions{.dropout_p = dropout_p,
+                                        .softmax_scale = softmax_scale,
+                                        .causal = causal,
+                                        .window_size = window_size,
+                                        .softcap = softcap,
+                                        .alibi_slopes = std::move(alibi_slopes),
+                                        .deterministic = deterministic,
+                                        .return_attn_probs = return_attn_probs,
+                                        .learnable_sink = std::move(learnable_sink),
+                                        .attn_mask = std::move(attn_mask),
+                                        .qv = std::move(qv),
+                                        .attention_chunk = attention_chunk,
+                                        .seqused_q = std::move(seqused_q),
+                                        .seqused_k = std::move(seqused_k),
+                                        .dropout_key = std::move(dropout_key),
+                                        .num_splits = num_splits,
+                                        .return_softmax_lse = return_softmax_lse,
+                                        .stream = stream};
+          },
+          nb::kw_only(), "dropout_p"_a, "softmax_scale"_a.none(), "causal"_a, "window_size"_a, "softcap"_a,
+          "alibi_slopes"_a.none(), "deterministic"_a, "return_attn_probs"_a, "learnable_sink"_a.none(), "attn_mask"_a.none(),
+          "qv"_a.none(), "attention_chunk"_a, "seqused_q"_a.none(), "seqused_k"_a.none(), "dropout_key"_a.none(),
+          "num_splits"_a, "return_softmax_lse"_a, "stream"_a.none());
+}
+
+/// Every attention function takes some arrays and sizes, then the options, and returns (out, lse, S_dmask, route).
+template <class... Arguments>
+void bind_attention(nb::module_& module, const char* name, AttentionResult (*function)(Arguments...)) {
+  module.def(name, [function](Arguments... arguments) { return tuple_of(function(arguments...)); });
+}
+
+}  // namespace
+
+NB_MODULE(_core, module) {
+  translate_errors();
+  bind_options(module);
+  bind_attention(module, "flash_attn_func", flash_attn::flash_attn_func);
+  bind_attention(module, "flash_attn_qkvpacked_func", flash_attn::flash_attn_qkvpacked_func);
+  bind_attention(module, "flash_attn_kvpacked_func", flash_attn::flash_attn_kvpacked_func);
+  bind_attention(module, "flash_attn_varlen_func", flash_attn::flash_attn_varlen_func);
+  bind_attention(module, "flash_attn_varlen_qkvpacked_func", flash_attn::flash_attn_varlen_qkvpacked_func);
+  bind_attention(module, "flash_attn_varlen_kvpacked_func", flash_attn::flash_attn_varlen_kvpacked_func);
+  module.def("flash_attn_combine", flash_attn::flash_attn_combine, "out_partial"_a, "lse_partial"_a, "out_dtype"_a.none(),
+             "stream"_a.none());
+  module.def("route", [](const mx::array& q, const mx::array& k, const mx::array& v, const AttentionOptions& options) {
+    const flash_attn::Route route = flash_attn::route(q, k, v, options);
+    return std::pair(std::string(name_of(route.target)), route.why);
+  });
+  module.def("can_use_mlx_sdpa", flash_attn::can_use_mlx_sdpa);
+  module.def("isa_level", flash_attn::isa_level);
+  module.def("num_threads", flash_attn::num_threads);
+}

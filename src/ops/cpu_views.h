@@ -1,0 +1,18 @@
+// Evaluated arrays as the CPU kernels see them: pointers and strides, nothing copied.
+#pragma once
+
+#include "cpu/attention.h"
+#include "ops/call.h"
+
+namespace flash_attn {
+
+/// q, k, v, out or a gradient of one: (batch, seq, heads, dim), packed sequences without batch.
+cpu::ConstTensor const_view(const mx::array& tensor);
+cpu::Tensor view(mx::array& tensor);
+
+/// lse or its cotangent: (batch, heads, seq), packed sequences (heads, total).
+cpu::LseStrides lse_strides(const mx::array& lse);
+
+cpu::AttentionInputs cpu_inputs(const AttentionCall& call);
+
+}  // namespace flash_attn

@@ -1,0 +1,266 @@
+#include "ops/primitive.h"
+
+#include <functional>
+#include <memory>
+#include <stdexcept>
+#include <string>
+
+#include "flash_attn/attention.h"
+#include "mlx/allocator.h"
+#include "mlx/backend/cpu/encoder.h"
+#include "mlx/ops.h"
+#include "ops/cpu_views.h"
+#include "ops/vjp.h"
+
+namespace flash_attn {
+namespace {
+
+using Arrays = std::vector<mx::array>;
+
+/// `inputs` without their mapped axes, at one position along them.
+Arrays slice_at(const Arrays& inputs, const std::vector<int>& axes, int position, mx::Stream stream) {
+  Arrays slice;
+  for (std::size_t i = 0; i < inputs.size(); ++i) {
+    slice.push_back(axes[i] < 0 ? inputs[i] : mx::take(inputs[i], position, axes[i], stream));
+  }
+  return slice;
+}
+
+/// What slices of `inputs` would look like where there are none.
+Arrays imagined_slice(const Arrays& inputs, const std::vector<int>& axes, mx::Stream stream) {
+  Arrays slice;
+  for (std::size_t i = 0; i < inputs.size(); ++i) {
+    mx::Shape shape = inputs[i].shape();
+    if (axes[i] >= 0) shape.erase(shape.begin() + axes[i]);
+    slice.push_back(mx::zeros(shape, inputs[i].dtype(), stream));
+  }
+  return slice;
+}
+
+/// vmap of any function of arrays: apply it to each slice, stack the results. So dropout, lengths and masks mean for every
+/// slice what they mean without vmap.
+std::pair<Arrays, std::vector<int>> vmap_by_slices(const Arrays& inputs, const std::vector<int>& axes, mx::Stream stream,
+                                                   const std::function<Arrays(const Arrays&)>& apply) {
+  int slices = 0;
+  for (std::size_t i = 0; i < inputs.size(); ++i) {
+    if (axes[i] >= 0) slices = inputs[i].shape(axes[i]);
+  }
+  Arrays stacked;
+  if (slices == 0) {
+    for (const mx::array& output : apply(imagined_slice(inputs, axes, stream))) {
+      mx::Shape shape = output.shape();
+      shape.insert(shape.begin(), 0);
+      stacked.push_back(mx::zeros(shape, output.dtype(), stream));
+    }
+  } else {
+    std::vector<Arrays> columns;
+    for (int position = 0; position < slices; ++position) {
+      const Arrays outputs = apply(slice_at(inputs, axes, position, stream));
+      columns.resize(outputs.size());
+      for (std::size_t i = 0; i < outputs.size(); ++i) columns[i].push_back(outputs[i]);
+    }
+    for (const Arrays& column : columns) stacked.push_back(mx::stack(column, 0, stream));
+  }
+  std::vector<int> stacked_axes(stacked.size(), 0);
+  return {std::move(stacked), std::move(stacked_axes)};
+}
+
+/// Kernels read the small arrays as plain runs of values.
+OptionalInputs with_contiguous_vectors(OptionalInputs optional, mx::Stream stream) {
+  for (const auto member : optional_inputs) {
+    auto& array = optional.*member;
+    if (array && member != &OptionalInputs::attn_mask) array = mx::contiguous(*array, false, stream);
+  }
+  return optional;
+}
+
+void allocate(Arrays& outputs) {
+  for (mx::array& output : outputs) output.set_data(mx::allocator::malloc(output.nbytes()));
+}
+
+/// What both nodes share.
+class AttentionNode : public mx::Primitive {
+ public:
+  explicit AttentionNode(const AttentionCall& call)
+      : mx::Primitive(call.stream), problem_(call.problem), present_(presence(call.optional)) {}
+
+  void eval_gpu(const Arrays&, Arrays&) override {
+    throw std::runtime_error(std::string("[flash_attn] ") + name() + " has no GPU kernel in this build");
+  }
+
+  Arrays jvp(const Arrays&, const Arrays&, const std::vector<int>&) override {
+    throw NotImplementedError(
+        std::string("[flash_attn] ") + name() +
+        " has no jvp (forward-mode derivative); FLASH_ATTENTION_MLX_REF=1 computes with MLX ops that may have one");
+  }
+
+  bool is_equivalent(const mx::Primitive& other) const override {
+    const auto& node = static_cast<const AttentionNode&>(other);
+    return problem_ == node.problem_ && present_ == node.present_;
+  }
+
+ protected:
+  AttentionCall call_of(const Arrays& inputs) { return call_of_node(problem_, present_, inputs, stream()); }
+
+  std::size_t call_inputs() const { return 3 + present_.count(); }
+
+ private:
+  AttentionProblem problem_;
+  Presence present_;
+};
+
+mx::Shape out_shape(const AttentionCall& call) {
+  mx::Shape shape = call.q.shape();
+  shape.back() = call.problem.head_dim_v;
+  return shape;
+}
+
+mx::Shape lse_shape(const AttentionCall& call) {
+  const AttentionProblem& problem = call.problem;
+  if (problem.varlen) return {problem.heads_q, problem.total_q};
+  return {problem.batch, problem.heads_q, problem.max_seqlen_q};
+}
+
+class FlashAttention final : public AttentionNode {
+ public:
+  using AttentionNode::AttentionNode;
+
+  DEFINE_NAME(FlashAttention)
+
+  void eval_cpu(const Arrays& inputs, Arrays& outputs) override {
+    allocate(outputs);
+    const AttentionCall call = call_of(inputs);
+    mx::cpu::get_command_encoder(stream()).dispatch(
+        [problem = call.problem, inputs = cpu_inputs(call),
+         outputs = cpu::ForwardOutputs{view(outputs[0]), outputs[1].data<float>(), lse_strides(outputs[1])}] {
+          cpu::forward(problem, inputs, outputs);
+        });
+  }
+
+  Arrays vjp(const Arrays& primals, const Arrays& cotangents, const std::vector<int>& argnums, const Arrays& outputs) override {
+    return attention_vjp(call_of(primals), {outputs[0], outputs[1]}, {cotangents[0], cotangents[1]}, argnums);
+  }
+
+  std::pair<Arrays, std::vector<int>> vmap(const Arrays& inputs, const std::vector<int>& axes) override {
+    return vmap_by_slices(inputs, axes, stream(), [this](const Arrays& slice) {
+      const auto [out, lse] = attention_node(call_of(slice));
+      return Arrays{out, lse};
+    });
+  }
+
+  std::vector<mx::Shape> output_shapes(const Arrays& inputs) override {
+    const AttentionCall call = call_of(inputs);
+    return {out_shape(call), lse_shape(call)};
+  }
+};
+
+class FlashAttentionVJP final : public AttentionNode {
+ public:
+  FlashAttentionVJP(const AttentionCall& call, WantedGradients wanted) : AttentionNode(call), wanted_(wanted) {}
+
+  DEFINE_NAME(FlashAttentionVJP)
+
+  void eval_cpu(const Arrays& inputs, Arrays& outputs) override {
+    allocate(outputs);
+    const AttentionCall call = call_of(inputs);
+    const auto saved = inputs.begin() + call_inputs();
+    const cpu::BackwardInputs backward{.out = const_view(saved[0]),
+                                       .dout = const_view(saved[2]),
+                                       .lse = saved[1].data<float>(),
+                                       .lse_strides = lse_strides(saved[1]),
+                                       .dlse = saved[3].data<float>(),
+                                       .dlse_strides = lse_strides(saved[3])};
+    mx::cpu::get_command_encoder(stream()).dispatch(
+        [problem = call.problem, inputs = cpu_inputs(call), backward, gradients = gradient_views(outputs)] {
+          cpu::backward(problem, inputs, backward, gradients);
+        });
+  }
+
+  Arrays vjp(const Arrays&, const Arrays&, const std::vector<int>&, const Arrays&) override {
+    throw NotImplementedError(
+        "[flash_attn] flash attention has no second derivative; FLASH_ATTENTION_MLX_REF=1 computes with MLX ops, which have "
+        "one");
+  }
+
+  std::pair<Arrays, std::vector<int>> vmap(const Arrays& inputs, const std::vector<int>& axes) override {
+    return vmap_by_slices(inputs, axes, stream(), [this](const Arrays& slice) {
+      const auto saved = slice.begin() + call_inputs();
+      Arrays gradients;
+      for (auto& gradient : backward_node(call_of(slice), {saved[0], saved[1]}, {saved[2], saved[3]}, wanted_)) {
+        if (gradient) gradients.push_back(std::move(*gradient));
+      }
+      return gradients;
+    });
+  }
+
+  bool is_equivalent(const mx::Primitive& other) const override {
+    return AttentionNode::is_equivalent(other) && wanted_ == static_cast<const FlashAttentionVJP&>(other).wanted_;
+  }
+
+  std::vector<mx::Shape> output_shapes(const Arrays& inputs) override {
+    const AttentionCall call = call_of(inputs);
+    const GradientSet differentiable = {call.q, call.k, call.v, call.optional.attn_mask, call.optional.learnable_sink};
+    std::vector<mx::Shape> shapes;
+    for (std::size_t i = 0; i < wanted_.size(); ++i) {
+      if (wanted_[i]) shapes.push_back(differentiable[i]->shape());
+    }
+    return shapes;
+  }
+
+ private:
+  /// `outputs` has the wanted ones only.
+  cpu::Gradients gradient_views(Arrays& outputs) const {
+    cpu::Gradients gradients;
+    auto next = outputs.begin();
+    if (wanted_[wrt_q]) gradients.dq = view(*next++);
+    if (wanted_[wrt_k]) gradients.dk = view(*next++);
+    if (wanted_[wrt_v]) gradients.dv = view(*next++);
+    if (wanted_[wrt_attn_mask]) {
+      mx::array& dmask = *next++;
+      gradients.dmask = dmask.data<float>();
+      gradients.dmask_batch = dmask.shape(0);
+      gradients.dmask_heads = dmask.shape(1);
+      gradients.dmask_rows = dmask.shape(2);
+      gradients.dmask_keys = dmask.shape(3);
+    }
+    if (wanted_[wrt_learnable_sink]) gradients.dsink = (next++)->data<float>();
+    return gradients;
+  }
+
+  WantedGradients wanted_;
+};
+
+}  // namespace
+
+AttentionOutputs attention_node(const AttentionCall& given) {
+  AttentionCall call = given;
+  call.optional = with_contiguous_vectors(std::move(call.optional), call.stream);
+  auto outputs = mx::array::make_arrays({out_shape(call), lse_shape(call)}, {call.q.dtype(), mx::float32},
+                                        std::make_shared<FlashAttention>(call), node_inputs(call));
+  return {outputs[0], outputs[1]};
+}
+
+GradientSet backward_node(const AttentionCall& given, const AttentionOutputs& outputs, const AttentionCotangents& cotangents,
+                          WantedGradients wanted) {
+  AttentionCall call = given;
+  call.optional = with_contiguous_vectors(std::move(call.optional), call.stream);
+  Arrays inputs = node_inputs(call);
+  inputs.insert(inputs.end(), {outputs.out, outputs.lse, cotangents.dout, cotangents.dlse});
+
+  std::vector<mx::Dtype> dtypes;
+  for (std::size_t i = 0; i < wanted.size(); ++i) {
+    if (wanted[i]) dtypes.push_back(i <= wrt_v ? call.q.dtype() : mx::float32);
+  }
+  auto node = std::make_shared<FlashAttentionVJP>(call, wanted);
+  auto shapes = node->output_shapes(inputs);
+  Arrays arrays = mx::array::make_arrays(std::move(shapes), dtypes, node, inputs);
+
+  GradientSet gradients;
+  auto next = arrays.begin();
+  for (std::size_t i = 0; i < wanted.size(); ++i) {
+    if (wanted[i]) gradients[i] = std::move(*next++);
+  }
+  return gradients;
+}
+
+}  // namespace flash_attn

@@ -1,0 +1,15 @@
+// The vector-Jacobian product of attention, whatever node computed it.
+#pragma once
+
+#include <vector>
+
+#include "ops/primitive.h"
+
+namespace flash_attn {
+
+/// Gradients with respect to node_inputs(call)[argnums], in that order. Zeros for what has none: bool masks, slopes, lengths,
+/// keys.
+std::vector<mx::array> attention_vjp(const AttentionCall& call, const AttentionOutputs& outputs,
+                                     const AttentionCotangents& cotangents, const std::vector<int>& argnums);
+
+}  // namespace flash_attn
