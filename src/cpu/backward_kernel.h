@@ -78,15 +78,14 @@ inline void prepare_row(const BackwardPass& pass, const Unit& unit, const RowPan
 inline void prepare_rows(const BackwardPass& pass, const Unit& unit, std::int32_t row_begin, float* memory) {
   const AttentionProblem& problem = *pass.problem;
   const RowBlock block(problem, memory);
-  float row_buffer[lanes * max_head_dim];
   const int row_end = min_of(row_begin + row_block, unit.packed_rows());
   for (int row = row_begin; row < row_end; row += panel_rows) {
     const RowPanel panel(problem, *pass.inputs, unit, row, row_end);
     const int first = row - row_begin;
     pack_transposed(panel, unit, pass.inputs->q, problem.head_dim, ScoreScale(problem).query,
-                    block.q_transposed + std::int64_t{first} * problem.head_dim, row_buffer);
+                    block.q_transposed + std::int64_t{first} * problem.head_dim);
     pack_transposed(panel, unit, pass.saved->dout, problem.head_dim_v, 1.0f,
-                    block.dout_transposed + std::int64_t{first} * problem.head_dim_v, row_buffer);
+                    block.dout_transposed + std::int64_t{first} * problem.head_dim_v);
     for (int lane = 0; lane < panel.width(); ++lane) prepare_row(pass, unit, panel, lane, first + lane, block);
   }
 }
@@ -157,7 +156,7 @@ struct KeyBlockBuffers {
   float* scores;      // [key_block][row_block]  S, P
   float* gradients;   // [key_block][row_block]  dP, dS
   float* derivative;  // [key_block][row_block]
-  float* mask_rows;   // [lanes][key_block]
+  float* mask_rows;   // [lanes][key_block]; a multiple of lanes
 
   static std::int64_t size(const AttentionProblem& problem, std::int32_t key_block) {
     const std::int64_t k_padded = round_up(problem.head_dim, dim_panel);

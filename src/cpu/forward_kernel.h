@@ -137,10 +137,9 @@ inline void finish_panel(const ForwardPass& pass, const Unit& unit, const RowPan
 inline std::int64_t forward_scratch_size(const ForwardPass& pass) {
   const std::int64_t dim = pass.problem->head_dim;
   const std::int64_t dims_v = round_up(pass.problem->head_dim_v, dim_panel);
-  const std::int64_t row_buffer = lanes * dim;
-  const std::int64_t mask_rows = std::int64_t{lanes} * pass.key_block;
+  const std::int64_t mask_rows = std::int64_t{lanes} * round_up(pass.key_block, lanes);
   const std::int64_t tile = std::int64_t{pass.key_block + overhang_keys} * panel_rows;
-  return row_buffer + mask_rows + tile + task_panels * panel_rows * (dim + dims_v);
+  return mask_rows + tile + task_panels * panel_rows * (dim + dims_v);
 }
 
 inline void forward_rows(const ForwardPass& pass, const ForwardTask& task, float* scratch) {
@@ -153,8 +152,7 @@ inline void forward_rows(const ForwardPass& pass, const ForwardTask& task, float
 
   float* next = scratch;
   const auto take = [&next](std::int64_t size) { return (next += size) - size; };
-  float* row_buffer = take(std::int64_t{lanes} * problem.head_dim);
-  float* mask_rows = take(std::int64_t{lanes} * pass.key_block);
+  float* mask_rows = take(std::int64_t{lanes} * round_up(pass.key_block, lanes));
   float* tile = take(std::int64_t{pass.key_block + overhang_keys} * panel_rows);
 
   RowPanel panels[task_panels];
@@ -167,7 +165,7 @@ inline void forward_rows(const ForwardPass& pass, const ForwardTask& task, float
     panel = RowPanel(problem, inputs, unit, row, task.row_end);
     state.q_transposed = take(std::int64_t{panel_rows} * problem.head_dim);
     state.o = take(std::int64_t{panel_rows} * dims_v);
-    pack_transposed(panel, unit, inputs.q, problem.head_dim, scale.query, state.q_transposed, row_buffer);
+    pack_transposed(panel, unit, inputs.q, problem.head_dim, scale.query, state.q_transposed);
     start_panel(panel, inputs, std::int64_t{panel.width()} * dims_v, state);
     some = {min_of(some.begin, panel.some.begin), max_of(some.end, panel.some.end)};
   }
@@ -176,7 +174,7 @@ inline void forward_rows(const ForwardPass& pass, const ForwardTask& task, float
     const BlockContext context = {&pass,
                                   task.packed + block * pass.packed_block_size,
                                   block * pass.key_block,
-                                  {&inputs, scale, mask_rows, pass.key_block, nullptr},
+                                  {&inputs, scale, mask_rows, round_up(pass.key_block, lanes), nullptr},
                                   &steps,
                                   tile};
     for (int i = 0; i < panel_count; ++i) {

@@ -12,15 +12,16 @@ namespace {
 
 constexpr int panels_of(int dim) { return round_up(dim, dim_panel) / dim_panel; }
 
-// [dim][width] = the panel's rows of `tensor` times `scale`, transposed. `row_buffer` holds lanes * dim floats.
-inline void pack_transposed(const RowPanel& panel, const Unit& unit, const ConstTensor& tensor, int dim, float scale, float* packed,
-                            float* row_buffer) {
+// [dim][width] = the panel's rows of `tensor` times `scale`, transposed.
+inline void pack_transposed(const RowPanel& panel, const Unit& unit, const ConstTensor& tensor, int dim, float scale, float* packed) {
+  constexpr std::int64_t stride = max_head_dim;
+  float rows[lanes * stride];
   for (int v = 0; v < panel.vectors; ++v) {
     for (int lane = 0; lane < lanes; ++lane) {
-      const std::int64_t row = panel.offset(unit, tensor.strides, v * lanes + lane);
-      read_row(tensor.dtype, element(tensor.data, tensor.dtype, row), tensor.strides.dim, dim, row_buffer + lane * dim);
+      const std::int64_t offset = panel.offset(unit, tensor.strides, v * lanes + lane);
+      read_row(tensor.dtype, element(tensor.data, tensor.dtype, offset), tensor.strides.dim, dim, rows + lane * stride);
     }
-    for (int d = 0; d < dim; ++d) store(packed + d * panel.width() + v * lanes, load_strided(row_buffer + d, dim) * scale);
+    visit_columns(rows, stride, dim, [&](int d, Vec column) { store(packed + d * panel.width() + v * lanes, column * scale); });
   }
 }
 

@@ -84,10 +84,14 @@ inline void attn_mask_step(const ScoreContext& context, const RowPanel& panel, c
     for (int lane = 0; lane < (same_row ? 1 : lanes); ++lane) {
       read_mask_row(mask, offsets[lane] + first_key, tile.keys, context.mask_rows + lane * context.mask_row_stride);
     }
-    for (int key = 0; key < tile.keys; ++key) {
+    const auto add = [&](int key, Vec bias) {
       float* scores = tile.scores + key * tile.stride + v * lanes;
-      const Vec bias = same_row ? splat(context.mask_rows[key]) : load_strided(context.mask_rows + key, context.mask_row_stride);
       store(scores, add_mask(load(scores), bias));
+    };
+    if (same_row) {
+      for (int key = 0; key < tile.keys; ++key) add(key, splat(context.mask_rows[key]));
+    } else {
+      visit_columns(context.mask_rows, context.mask_row_stride, tile.keys, add);
     }
   }
 }
@@ -114,12 +118,20 @@ class ScoreSteps {
 
   void apply(const ScoreContext& context, const RowPanel& panel, const ScoreTile& tile) const {
     for (int i = 0; i < count_; ++i) steps_[i](context, panel, tile);
-    if (tile.key_begin < panel.all.begin || tile.key_begin + tile.keys > panel.all.end) visibility_step(context, panel, tile);
+    // Only the two ends of a tile can hold keys that some row does not see.
+    const std::int32_t tile_end = tile.key_begin + tile.keys;
+    hide(context, panel, tile, tile.key_begin, min_of(panel.all.begin, tile_end));
+    hide(context, panel, tile, max_of(panel.all.end, tile.key_begin), tile_end);
   }
 
  private:
   using Step = void (*)(const ScoreContext&, const RowPanel&, const ScoreTile&);
   void add(Step step) { steps_[count_++] = step; }
+
+  static void hide(const ScoreContext& context, const RowPanel& panel, const ScoreTile& tile, std::int32_t begin, std::int32_t end) {
+    if (begin >= end) return;
+    visibility_step(context, panel, {tile.scores + (begin - tile.key_begin) * tile.stride, tile.stride, end - begin, begin});
+  }
 
   Step steps_[3] = {};
   int count_ = 0;

@@ -79,11 +79,53 @@ FA_INLINE UVec mul_hi(UVec a, UVec b) {
 #endif
 }
 
-// [lanes] elements, `stride` apart.
-FA_INLINE Vec load_strided(const float* p, std::int64_t stride) {
-  Vec x;
-  for (int lane = 0; lane < lanes; ++lane) x[lane] = p[lane * stride];
-  return x;
+// Lanes of a and b in turn: the first half of each, or the second.
+FA_INLINE Vec interleave_low(Vec a, Vec b) {
+#if FA_VECTOR_BYTES == 16
+  return __builtin_shufflevector(a, b, 0, 4, 1, 5);
+#elif FA_VECTOR_BYTES == 32
+  return __builtin_shufflevector(a, b, 0, 8, 1, 9, 2, 10, 3, 11);
+#else
+  return __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+#endif
+}
+FA_INLINE Vec interleave_high(Vec a, Vec b) {
+#if FA_VECTOR_BYTES == 16
+  return __builtin_shufflevector(a, b, 2, 6, 3, 7);
+#elif FA_VECTOR_BYTES == 32
+  return __builtin_shufflevector(a, b, 4, 12, 5, 13, 6, 14, 7, 15);
+#else
+  return __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+#endif
+}
+
+// [lanes][lanes] in place: log2(lanes) perfect shuffles of rows i and i + lanes / 2.
+FA_INLINE void transpose(Vec (&rows)[lanes]) {
+#pragma GCC unroll 4
+  for (int round = 1; round < lanes; round *= 2) {
+    Vec shuffled[lanes];
+#pragma GCC unroll 8
+    for (int i = 0; i < lanes / 2; ++i) {
+      shuffled[2 * i] = interleave_low(rows[i], rows[i + lanes / 2]);
+      shuffled[2 * i + 1] = interleave_high(rows[i], rows[i + lanes / 2]);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < lanes; ++i) rows[i] = shuffled[i];
+  }
+}
+
+// visit(column, vector) for every column of `columns`: the elements of [lanes] rows, `stride` apart, in that column. Reads whole
+// vectors: `stride` covers round_up(columns, lanes).
+template <class Visit>
+FA_INLINE void visit_columns(const float* rows, std::int64_t stride, int columns, Visit visit) {
+  for (int column = 0; column < columns; column += lanes) {
+    Vec block[lanes];
+#pragma GCC unroll 16
+    for (int lane = 0; lane < lanes; ++lane) block[lane] = load(rows + lane * stride + column);
+    transpose(block);
+    const int count = columns - column < lanes ? columns - column : lanes;
+    for (int i = 0; i < count; ++i) visit(column + i, block[i]);
+  }
 }
 
 // The register tile: acc[M][N vectors] += A[M][depth] * B[depth][N vectors]. Elements of A are broadcast, B is read along its lanes;
