@@ -1,8 +1,8 @@
 // The CPU backend: what a caller hands over, and the passes it can ask for. Knows no framework.
 //
-// Sizes in elements. A dense tensor is [batch, seq, heads, dim] in any strides (a view is read in place); a varlen tensor has no
-// batch axis and its sequences start where cu_seqlens says. No input makes a kernel read or write outside the buffers: lengths
-// are clamped to what exists.
+// Sizes in elements. A dense tensor is [batch, seq, heads, dim] in any strides (a view is read in place); a varlen tensor has
+// no batch axis and its sequences start where cu_seqlens says. No input makes a kernel read or write outside the buffers:
+// lengths are clamped to what exists.
 #pragma once
 
 #include <cstddef>
@@ -38,8 +38,8 @@ struct LseStrides {
   std::int64_t seq = 1;
 };
 
-/// [batch, heads_q, max_seqlen_q, max_seqlen_k]; stride 0 where the caller's array is broadcast. Boolean (true: visible) or added
-/// to the score.
+/// [batch, heads_q, max_seqlen_q, max_seqlen_k]; stride 0 where the caller's array is broadcast. Boolean (true: visible) or
+/// added to the score.
 struct MaskTensor {
   const void* data = nullptr;  // null: no mask
   DType dtype = DType::boolean;
@@ -54,14 +54,14 @@ struct AttentionInputs {
   MaskTensor attn_mask;
 
   // Small arrays, contiguous; null where the call does not use them.
-  const float* alibi_slopes = nullptr;           // [heads_q], or [batch, heads_q] with alibi_batch_stride = heads_q
+  const float* alibi_slopes = nullptr;  // [heads_q], or [batch, heads_q] with alibi_batch_stride = heads_q
   std::int64_t alibi_batch_stride = 0;
-  const float* learnable_sink = nullptr;         // [heads_q]
-  const std::int32_t* cu_seqlens_q = nullptr;    // [batch + 1], varlen
+  const float* learnable_sink = nullptr;       // [heads_q]
+  const std::int32_t* cu_seqlens_q = nullptr;  // [batch + 1], varlen
   const std::int32_t* cu_seqlens_k = nullptr;
-  const std::int32_t* seqused_q = nullptr;       // [batch]
+  const std::int32_t* seqused_q = nullptr;  // [batch]
   const std::int32_t* seqused_k = nullptr;
-  const std::uint32_t* dropout_key = nullptr;    // [2]
+  const std::uint32_t* dropout_key = nullptr;  // [2]
 };
 
 /// out and lse are written everywhere: rows that belong to no sequence get 0 and -inf.
@@ -80,11 +80,11 @@ struct BackwardInputs {
   LseStrides dlse_strides;
 };
 
-/// Written everywhere, zero where no gradient flows. dq, dk, dv have the problem's dtype; null data: that gradient is not wanted.
-/// Bitwise the same on every run and for every number of threads.
+/// Written everywhere, zero where no gradient flows. dq, dk, dv have the problem's dtype; null data: that gradient is not
+/// wanted. Bitwise the same on every run and for every number of threads.
 struct Gradients {
   Tensor dq, dk, dv;
-  float* dsink = nullptr;    // [heads_q]
+  float* dsink = nullptr;  // [heads_q]
   // [mask_batch, mask_heads, mask_rows, mask_keys] contiguous float32, each either 1 (broadcast) or the problem's size.
   float* dmask = nullptr;
   std::int32_t dmask_batch = 1, dmask_heads = 1, dmask_rows = 1, dmask_keys = 1;

@@ -17,8 +17,8 @@
 namespace flash_attn::cpu {
 namespace {
 
-// Keys a block: K and V, their panels and gradients fill most of a 512 KiB L2. A function of the shape alone: it fixes the order of
-// every sum.
+// Keys a block: K and V, their panels and gradients fill most of a 512 KiB L2. A function of the shape alone: it fixes the
+// order of every sum.
 std::int32_t backward_key_block(const AttentionProblem& problem) {
   constexpr std::int32_t cache_floats = 96 * 1024;
   constexpr std::int32_t granule = 24;
@@ -70,7 +70,8 @@ class UnitBackward {
     std::vector<std::int32_t> turns(static_cast<std::size_t>(row_blocks_));
     for (std::int32_t block = 0; block < row_blocks_; ++block) {
       const std::int32_t end = std::min(first_row(block) + level_.row_block, unit_.packed_rows());
-      turns[static_cast<std::size_t>(block)] = visible_keys_of_packed_rows(unit_, first_row(block), end).begin / pass_.key_block;
+      turns[static_cast<std::size_t>(block)] =
+          visible_keys_of_packed_rows(unit_, first_row(block), end).begin / pass_.key_block;
     }
     return turns;
   }
@@ -115,7 +116,8 @@ void backward_by_units(const Kernels& level, const BackwardPass& pass, int threa
     const UnitBackward work(level, pass, unit);
     for (std::int32_t block = 0; block < work.row_blocks(); ++block) work.prepare(block);
     if (pass.gradients->dsink) work.add_sink_gradient(dsink[static_cast<std::size_t>(unit.batch)].data());
-    for (std::int32_t block = 0; block < work.key_blocks(); ++block) work.run_keys(block, nullptr, scratch.get() + slot * scratch_size);
+    for (std::int32_t block = 0; block < work.key_blocks(); ++block)
+      work.run_keys(block, nullptr, scratch.get() + slot * scratch_size);
     for (std::int32_t block = 0; block < work.row_blocks(); ++block) work.finish(block);
   });
 }
@@ -150,12 +152,18 @@ void clear_unused_rows(const AttentionProblem& problem, const std::vector<Sequen
 
 }  // namespace
 
-void backward(const AttentionProblem& problem, const AttentionInputs& inputs, const BackwardInputs& saved, const Gradients& gradients) {
+void backward(const AttentionProblem& problem, const AttentionInputs& inputs, const BackwardInputs& saved,
+              const Gradients& gradients) {
   const Kernels& level = kernels();
   const int threads = thread_count();
   const std::vector<Sequence> sequences = sequences_of(problem, inputs);
   const std::vector<Unit> units = units_of(problem, sequences);
-  const BackwardPass pass = {&problem,  &inputs,    &saved, &gradients, backward_key_block(problem), level.row_block_size(problem),
+  const BackwardPass pass = {&problem,
+                             &inputs,
+                             &saved,
+                             &gradients,
+                             backward_key_block(problem),
+                             level.row_block_size(problem),
                              level.dq_block_size(problem)};
   clear_unused_rows(problem, sequences, gradients);
   if (gradients.dmask) mask_gradient(level, pass, threads, sequences);
@@ -173,7 +181,8 @@ void backward(const AttentionProblem& problem, const AttentionInputs& inputs, co
 
   // A head of a batch item belongs to one unit, so each sum below is filled by one thread; the batch is added in order.
   std::vector<std::vector<double>> dsink;
-  if (gradients.dsink) dsink.assign(static_cast<std::size_t>(problem.batch), std::vector<double>(static_cast<std::size_t>(problem.heads_q)));
+  if (gradients.dsink)
+    dsink.assign(static_cast<std::size_t>(problem.batch), std::vector<double>(static_cast<std::size_t>(problem.heads_q)));
   if (units_fill_threads(costs, threads)) {
     backward_by_units(level, pass, threads, ordered, dsink);
   } else {

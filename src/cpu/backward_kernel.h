@@ -30,8 +30,8 @@ struct RowBlock {
   float* dout_transposed;  // [panel][head_dim_v][width]
   float* q_panels;         // [dim panels][row_block][dim_panel]
   float* dout_panels;
-  float* lse_log2;         // [row_block]
-  float* delta;            // [row_block]  D
+  float* lse_log2;  // [row_block]
+  float* delta;     // [row_block]  D
 
   static std::int64_t size(const AttentionProblem& problem) {
     const std::int64_t dims = problem.head_dim + problem.head_dim_v;
@@ -52,7 +52,8 @@ struct RowBlock {
 
 inline std::int64_t row_block_size(const AttentionProblem& problem) { return RowBlock::size(problem); }
 
-inline void prepare_row(const BackwardPass& pass, const Unit& unit, const RowPanel& panel, int lane, int row, const RowBlock& block) {
+inline void prepare_row(const BackwardPass& pass, const Unit& unit, const RowPanel& panel, int lane, int row,
+                        const RowBlock& block) {
   const AttentionProblem& problem = *pass.problem;
   const BackwardInputs& saved = *pass.saved;
   const auto read = [&](const ConstTensor& tensor, int dim, float* values) {
@@ -91,7 +92,8 @@ inline void prepare_rows(const BackwardPass& pass, const Unit& unit, std::int32_
 }
 
 // A sink is a key whose value is 0: d sink = -P_sink D. Adds each row of the block to its head, in order.
-inline void add_sink_gradient(const BackwardPass& pass, const Unit& unit, std::int32_t row_begin, const float* memory, double* dsink) {
+inline void add_sink_gradient(const BackwardPass& pass, const Unit& unit, std::int32_t row_begin, const float* memory,
+                              double* dsink) {
   const RowBlock block(*pass.problem, const_cast<float*>(memory));
   const int rows = min_of(row_block, unit.packed_rows() - row_begin);
   for (int row = 0; row < rows; ++row) {
@@ -148,10 +150,10 @@ inline void multiply_softcap_derivative(const RowPanel& panel, const GradientTil
 // ---- a key block
 
 struct KeyBlockBuffers {
-  float* k_rows;      // [key_block][head_dim]
-  float* v_rows;      // [key_block][head_dim_v]
-  float* k_panels;    // [dim panels][key_block][dim_panel], non-finite values as 0
-  float* dk;          // [dim panels][key_block][dim_panel]
+  float* k_rows;    // [key_block][head_dim]
+  float* v_rows;    // [key_block][head_dim_v]
+  float* k_panels;  // [dim panels][key_block][dim_panel], non-finite values as 0
+  float* dk;        // [dim panels][key_block][dim_panel]
   float* dv;
   float* scores;      // [key_block][row_block]  S, P
   float* gradients;   // [key_block][row_block]  dP, dS
@@ -197,8 +199,8 @@ inline void pack_key_block(const BackwardPass& pass, const Unit& unit, KeyBlock 
 
 // S^T, dP^T, then P and dS of one panel against keys [begin, begin + count) of the block, at column `column` of the tiles.
 template <int N>
-inline void panel_gradients(const BackwardPass& pass, const ScoreSteps& steps, const KeyBlockBuffers& buffers, KeyBlock keys, int begin,
-                            int count, const RowPanel& panel, const RowBlock& rows, int column) {
+inline void panel_gradients(const BackwardPass& pass, const ScoreSteps& steps, const KeyBlockBuffers& buffers, KeyBlock keys,
+                            int begin, int count, const RowPanel& panel, const RowBlock& rows, int column) {
   const AttentionProblem& problem = *pass.problem;
   const std::int64_t first = std::int64_t{begin} * row_block + column;
   const bool softcap = problem.softcap > 0;
@@ -214,12 +216,15 @@ inline void panel_gradients(const BackwardPass& pass, const ScoreSteps& steps, c
   gradient_tile(pass, panel, rows.lse_log2 + column, rows.delta + column, tile);
 }
 
-inline void panel_gradients(const BackwardPass& pass, const ScoreSteps& steps, const KeyBlockBuffers& buffers, KeyBlock keys, int begin,
-                            int count, const RowPanel& panel, const RowBlock& rows, int column) {
+inline void panel_gradients(const BackwardPass& pass, const ScoreSteps& steps, const KeyBlockBuffers& buffers, KeyBlock keys,
+                            int begin, int count, const RowPanel& panel, const RowBlock& rows, int column) {
   switch (panel.vectors) {
-    case 1: return panel_gradients<1>(pass, steps, buffers, keys, begin, count, panel, rows, column);
-    case 2: return panel_gradients<2>(pass, steps, buffers, keys, begin, count, panel, rows, column);
-    default: return panel_gradients<3>(pass, steps, buffers, keys, begin, count, panel, rows, column);
+    case 1:
+      return panel_gradients<1>(pass, steps, buffers, keys, begin, count, panel, rows, column);
+    case 2:
+      return panel_gradients<2>(pass, steps, buffers, keys, begin, count, panel, rows, column);
+    default:
+      return panel_gradients<3>(pass, steps, buffers, keys, begin, count, panel, rows, column);
   }
 }
 
@@ -229,7 +234,8 @@ inline void wait_for_turn(const std::int32_t* turn, std::int32_t mine) {
   }
 }
 
-inline void write_key_gradients(const Tensor& tensor, const Unit& unit, KeyBlock keys, int dim, float scale, const float* panels) {
+inline void write_key_gradients(const Tensor& tensor, const Unit& unit, KeyBlock keys, int dim, float scale,
+                                const float* panels) {
   if (!tensor.data) return;
   float row[max_head_dim + dim_panel];
   for (int i = 0; i < min_of(keys.size, unit.sequence.k.length - keys.begin); ++i) {
@@ -238,7 +244,8 @@ inline void write_key_gradients(const Tensor& tensor, const Unit& unit, KeyBlock
       for (int n = 0; n < dim_vectors; ++n) store(row + p * dim_panel + n * lanes, load(source + n * lanes) * scale);
     }
     const std::int64_t slot = unit.sequence.k.begin + std::int64_t{keys.begin} + i;
-    const std::int64_t offset = unit.batch * tensor.strides.batch + slot * tensor.strides.seq + unit.kv_head * tensor.strides.head;
+    const std::int64_t offset =
+        unit.batch * tensor.strides.batch + slot * tensor.strides.seq + unit.kv_head * tensor.strides.head;
     write_row(tensor.dtype, element(tensor.data, tensor.dtype, offset), tensor.strides.dim, dim, row);
   }
 }
@@ -272,8 +279,9 @@ inline void backward_keys(const BackwardPass& pass, const BackwardTask& task, fl
       panel_gradients(pass, steps, buffers, keys, begin, end - begin, panel, rows, row - row_begin);
       if (problem.softcap > 0) {
         const std::int64_t first = std::int64_t{begin} * row_block + row - row_begin;
-        multiply_softcap_derivative(panel, {{buffers.scores + first, row_block, end - begin, 0}, buffers.gradients + first,
-                                            buffers.derivative + first});
+        multiply_softcap_derivative(
+            panel,
+            {{buffers.scores + first, row_block, end - begin, 0}, buffers.gradients + first, buffers.derivative + first});
       }
     }
 
@@ -286,8 +294,8 @@ inline void backward_keys(const BackwardPass& pass, const BackwardTask& task, fl
                      buffers.dk + first_key, key_panel_stride);
     if (!task.dq) continue;
     if (task.dq_turns) wait_for_turn(task.dq_turns + index, task.block);
-    panel_product<M>(ds, 1, row_block, buffers.k_panels + first_key, key_panel_stride, end - begin, round_up(row_end - row_begin, M),
-                     k_panels, task.dq + index * pass.dq_block_size, row_panel_stride);
+    panel_product<M>(ds, 1, row_block, buffers.k_panels + first_key, key_panel_stride, end - begin,
+                     round_up(row_end - row_begin, M), k_panels, task.dq + index * pass.dq_block_size, row_panel_stride);
     if (task.dq_turns) __atomic_store_n(task.dq_turns + index, task.block + 1, __ATOMIC_RELEASE);
   }
   write_key_gradients(pass.gradients->dk, unit, keys, problem.head_dim, problem.softmax_scale, buffers.dk);

@@ -90,7 +90,8 @@ void forward_units(const Kernels& level, const ForwardPass& pass, int threads, c
   parallel_for(static_cast<std::int64_t>(row_tasks.size()), threads, [&](std::int64_t i, int slot) {
     const RowTask& task = row_tasks[static_cast<std::size_t>(i)];
     const PackedUnit& unit = packed_units[task.packed_unit];
-    level.forward_rows(pass, {unit.unit, packed.get() + unit.first_block * pass.packed_block_size, task.row_begin, task.row_end},
+    level.forward_rows(pass,
+                       {unit.unit, packed.get() + unit.first_block * pass.packed_block_size, task.row_begin, task.row_end},
                        scratch.get() + slot * scratch_size);
   });
 }

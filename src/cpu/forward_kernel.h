@@ -88,7 +88,7 @@ struct BlockContext {
   std::int32_t key_begin;  // position of the block's first key
   ScoreContext scores;
   const ScoreSteps* steps;
-  float* tile;             // S, then P
+  float* tile;  // S, then P
 };
 
 template <int N>
@@ -112,7 +112,8 @@ inline void attend(const BlockContext& block, const RowPanel& panel, PanelState&
       store(p, from_bits(bits_of(load(p)) & keep));
     });
   }
-  value_product<N>(tile.scores, tile.keys, v, v_panel_stride, round_up(problem.head_dim_v, dim_panel) / dim_panel, alpha, state.o);
+  value_product<N>(tile.scores, tile.keys, v, v_panel_stride, round_up(problem.head_dim_v, dim_panel) / dim_panel, alpha,
+                   state.o);
 }
 
 // O / l and lse to the caller's arrays. A row that saw nothing gives 0 and -inf.
@@ -126,7 +127,8 @@ inline void finish_panel(const ForwardPass& pass, const Unit& unit, const RowPan
     const float scale = sum == 0.0f ? 0.0f : problem.dropout_scale / sum;
     float* row = state.o + std::int64_t{lane} * dims;
     for (int d = 0; d < dims; d += lanes) store(row + d, load(row + d) * scale);
-    write_row(out.dtype, element(out.data, out.dtype, panel.offset(unit, out.strides, lane)), out.strides.dim, problem.head_dim_v, row);
+    write_row(out.dtype, element(out.data, out.dtype, panel.offset(unit, out.strides, lane)), out.strides.dim,
+              problem.head_dim_v, row);
     outputs.lse[panel.offset(unit, outputs.lse_strides, lane)] =
         sum == 0.0f ? -__builtin_inff() : state.m[lane] * ln_2 + __builtin_logf(sum);
   }
@@ -179,9 +181,15 @@ inline void forward_rows(const ForwardPass& pass, const ForwardTask& task, float
                                   tile};
     for (int i = 0; i < panel_count; ++i) {
       switch (panels[i].vectors) {
-        case 1: attend<1>(context, panels[i], states[i]); break;
-        case 2: attend<2>(context, panels[i], states[i]); break;
-        default: attend<3>(context, panels[i], states[i]); break;
+        case 1:
+          attend<1>(context, panels[i], states[i]);
+          break;
+        case 2:
+          attend<2>(context, panels[i], states[i]);
+          break;
+        default:
+          attend<3>(context, panels[i], states[i]);
+          break;
       }
     }
   }

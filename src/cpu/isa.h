@@ -10,7 +10,8 @@ int isa_level_count();
 const Kernels& isa_level(int index);
 const char* isa_level_name(int index);
 
-/// The level in use. FLASH_ATTENTION_MLX_ISA is read at every call; a level that the machine lacks throws std::invalid_argument.
+/// The level in use. FLASH_ATTENTION_MLX_ISA is read at every call; a level that the machine lacks throws
+/// std::invalid_argument.
 const Kernels& kernels();
 const char* isa_level_name();
 

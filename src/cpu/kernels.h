@@ -1,5 +1,5 @@
-// What an ISA level provides, and the data a pass hands it. The passes (forward.cpp, backward.cpp) own memory, threads and order; a
-// level's kernels own arithmetic.
+// What an ISA level provides, and the data a pass hands it. The passes (forward.cpp, backward.cpp) own memory, threads and
+// order; a level's kernels own arithmetic.
 #pragma once
 
 #include <cstdint>
@@ -15,8 +15,8 @@ struct ForwardPass {
   const AttentionProblem* problem;
   const AttentionInputs* inputs;
   const ForwardOutputs* outputs;
-  std::int32_t key_block;         // keys a block
-  std::int64_t packed_block_size; // floats
+  std::int32_t key_block;          // keys a block
+  std::int64_t packed_block_size;  // floats
 };
 
 struct ForwardTask {
@@ -72,7 +72,8 @@ struct Kernels {
   std::int64_t (*dq_block_size)(const AttentionProblem& problem);
   std::int64_t (*backward_scratch_size)(const BackwardPass& pass);
   void (*prepare_rows)(const BackwardPass& pass, const Unit& unit, std::int32_t row_begin, float* rows);
-  void (*add_sink_gradient)(const BackwardPass& pass, const Unit& unit, std::int32_t row_begin, const float* rows, double* dsink);
+  void (*add_sink_gradient)(const BackwardPass& pass, const Unit& unit, std::int32_t row_begin, const float* rows,
+                            double* dsink);
   void (*backward_keys)(const BackwardPass& pass, const BackwardTask& task, float* scratch);
   void (*write_query_gradients)(const BackwardPass& pass, const Unit& unit, std::int32_t row_begin, const float* dq);
 

@@ -1,5 +1,5 @@
-// Included once by each src/cpu/levels/*.cpp, which defines FA_LEVEL, FA_VECTOR_BYTES and FA_VECTOR_REGISTERS: all kernels of a level
-// and its table.
+// Included once by each src/cpu/levels/*.cpp, which defines FA_LEVEL, FA_VECTOR_BYTES and FA_VECTOR_REGISTERS: all kernels of a
+// level and its table.
 #pragma once
 
 #include "cpu/backward_kernel.h"

@@ -11,8 +11,8 @@
 namespace flash_attn::cpu {
 namespace {
 
-// A part of the gradient that one thread owns: one (batch, head) slot of the mask, one block of its rows and of its keys, each the
-// whole where the mask broadcasts.
+// A part of the gradient that one thread owns: one (batch, head) slot of the mask, one block of its rows and of its keys, each
+// the whole where the mask broadcasts.
 struct Part {
   std::int32_t slot_batch, slot_head;
   std::int32_t row_block;  // -1: all
@@ -68,8 +68,8 @@ void mask_gradient(const Kernels& level, const BackwardPass& pass, int threads, 
         for (std::int32_t row = rows.begin; row < rows.end && row * level.row_block < sequence.q.length; ++row) {
           for (std::int32_t key = keys.begin; key < keys.end && key * pass.key_block < sequence.k.length; ++key) {
             level.add_mask_gradient(pass,
-                                    {&unit, row * level.row_block, key, dmask, gradients.dmask_rows == 1 ? 0 : gradients.dmask_keys,
-                                     gradients.dmask_keys == 1 ? 0 : 1},
+                                    {&unit, row * level.row_block, key, dmask,
+                                     gradients.dmask_rows == 1 ? 0 : gradients.dmask_keys, gradients.dmask_keys == 1 ? 0 : 1},
                                     scratch.get() + slot * scratch_size);
           }
         }

@@ -1,5 +1,5 @@
-// Gradient of an additive attn_mask: dS itself (the mask is added after softcap), summed over whatever the mask broadcasts over.
-// A pass of its own over S and dP, taken only when that gradient is wanted: it owns its output, so sums keep one order.
+// Gradient of an additive attn_mask: dS itself (the mask is added after softcap), summed over whatever the mask broadcasts
+// over. A pass of its own over S and dP, taken only when that gradient is wanted: it owns its output, so sums keep one order.
 #pragma once
 
 #include "cpu/backward_kernel.h"

@@ -13,7 +13,8 @@ namespace {
 constexpr int panels_of(int dim) { return round_up(dim, dim_panel) / dim_panel; }
 
 // [dim][width] = the panel's rows of `tensor` times `scale`, transposed.
-inline void pack_transposed(const RowPanel& panel, const Unit& unit, const ConstTensor& tensor, int dim, float scale, float* packed) {
+inline void pack_transposed(const RowPanel& panel, const Unit& unit, const ConstTensor& tensor, int dim, float scale,
+                            float* packed) {
   constexpr std::int64_t stride = max_head_dim;
   float rows[lanes * stride];
   for (int v = 0; v < panel.vectors; ++v) {
@@ -48,7 +49,8 @@ inline void read_key(const ConstTensor& tensor, const Unit& unit, std::int32_t k
     std::memset(row, 0, static_cast<std::size_t>(dim) * sizeof(float));
     return;
   }
-  const std::int64_t offset = unit.batch * tensor.strides.batch + (unit.sequence.k.begin + std::int64_t{key}) * tensor.strides.seq +
+  const std::int64_t offset = unit.batch * tensor.strides.batch +
+                              (unit.sequence.k.begin + std::int64_t{key}) * tensor.strides.seq +
                               unit.kv_head * tensor.strides.head;
   read_row(tensor.dtype, element(tensor.data, tensor.dtype, offset), tensor.strides.dim, dim, row);
 }

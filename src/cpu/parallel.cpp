@@ -111,7 +111,8 @@ class Pool {
   int workers_ = 0;
 };
 
-// Never destroyed: workers may outlive static destructors. A forked child has no workers and perhaps a locked mutex: it starts anew.
+// Never destroyed: workers may outlive static destructors. A forked child has no workers and perhaps a locked mutex: it starts
+// anew.
 std::atomic<Pool*> current_pool{nullptr};
 
 Pool& pool() {

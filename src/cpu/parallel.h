@@ -1,5 +1,5 @@
-// One parallel_for for the process. The caller works too, so a region never waits for a worker that has not woken up; idle workers
-// sleep, so a busy neighbour costs nothing. Safe from several threads at once, nested, and after fork.
+// One parallel_for for the process. The caller works too, so a region never waits for a worker that has not woken up; idle
+// workers sleep, so a busy neighbour costs nothing. Safe from several threads at once, nested, and after fork.
 #pragma once
 
 #include <cstdint>
@@ -12,8 +12,8 @@ int thread_count();
 /// 0 restores the default.
 void set_thread_count_for_testing(int threads);
 
-/// Runs body(context, task, slot) for every task in [0, count), in ascending order of start. `slot` in [0, threads) is unique among
-/// the threads inside this region: an index for scratch memory.
+/// Runs body(context, task, slot) for every task in [0, count), in ascending order of start. `slot` in [0, threads) is unique
+/// among the threads inside this region: an index for scratch memory.
 void run_tasks(std::int64_t count, int threads, void (*body)(void* context, std::int64_t task, int slot), void* context);
 
 template <class Body>

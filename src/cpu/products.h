@@ -21,8 +21,8 @@ inline void score_product(const float* k, int dim, const float* q_transposed, in
 
 // O [rows][dims] = alpha O + P^T [keys][rows] V [dim panels][keys][dim_panel].
 template <int N>
-inline void value_product(const float* p, int keys, const float* v, std::int64_t v_panel_stride, int panels_v, const float* alpha,
-                          float* o) {
+inline void value_product(const float* p, int keys, const float* v, std::int64_t v_panel_stride, int panels_v,
+                          const float* alpha, float* o) {
   constexpr int M = value_rows<N>;
   const int dims = panels_v * dim_panel;
   for (int panel = 0; panel < panels_v; ++panel) {
@@ -44,8 +44,8 @@ inline void value_product(const float* p, int keys, const float* v, std::int64_t
   }
 }
 
-// C [rows][dim panels] += A B, where A(row, k) = a[row * a_row + k * a_depth] and B [dim panels][k][dim_panel]; C is panels too:
-// [dim panels][rows][dim_panel]. `rows` is a multiple of M: dV += P^T dO, dK += dS^T Q and dQ += dS K.
+// C [rows][dim panels] += A B, where A(row, k) = a[row * a_row + k * a_depth] and B [dim panels][k][dim_panel]; C is panels
+// too: [dim panels][rows][dim_panel]. `rows` is a multiple of M: dV += P^T dO, dK += dS^T Q and dQ += dS K.
 template <int M>
 inline void panel_product(const float* a, std::int64_t a_row, std::int64_t a_depth, const float* b, std::int64_t b_panel_stride,
                           int depth, int rows, int panels, float* c, std::int64_t c_panel_stride) {

@@ -34,8 +34,8 @@ struct RowPanel {
   KeyRange some;  // keys that a row sees lie in here
   KeyRange all;   // keys in here are seen by every row
 
-  float diagonal[panel_rows];     // key position on the row's diagonal, for ALiBi
-  float slope_log2[panel_rows];   // ALiBi slope in log2 units
+  float diagonal[panel_rows];    // key position on the row's diagonal, for ALiBi
+  float slope_log2[panel_rows];  // ALiBi slope in log2 units
   std::int64_t mask_offset[panel_rows];
   std::uint32_t dropout_head[panel_rows];  // (batch * heads_q + head) * 32
 
@@ -73,10 +73,12 @@ struct RowPanel {
 
   // Offset of a lane's row in a tensor of query rows.
   std::int64_t offset(const Unit& unit, const Strides& strides, int lane) const {
-    return unit.batch * strides.batch + (unit.sequence.q.begin + std::int64_t{query[lane]}) * strides.seq + head[lane] * strides.head;
+    return unit.batch * strides.batch + (unit.sequence.q.begin + std::int64_t{query[lane]}) * strides.seq +
+           head[lane] * strides.head;
   }
   std::int64_t offset(const Unit& unit, const LseStrides& strides, int lane) const {
-    return unit.batch * strides.batch + head[lane] * strides.head + (unit.sequence.q.begin + std::int64_t{query[lane]}) * strides.seq;
+    return unit.batch * strides.batch + head[lane] * strides.head +
+           (unit.sequence.q.begin + std::int64_t{query[lane]}) * strides.seq;
   }
 };
 

@@ -1,5 +1,5 @@
-// What happens to a tile of scores between Q K^T and the softmax: a list of steps, chosen once a call. A step that a call does not
-// use costs it nothing; one that it uses passes once over a tile in L1. A new feature is a new step.
+// What happens to a tile of scores between Q K^T and the softmax: a list of steps, chosen once a call. A step that a call does
+// not use costs it nothing; one that it uses passes once over a tile in L1. A new feature is a new step.
 #pragma once
 
 #include "cpu/row_panel.h"
@@ -128,7 +128,8 @@ class ScoreSteps {
   using Step = void (*)(const ScoreContext&, const RowPanel&, const ScoreTile&);
   void add(Step step) { steps_[count_++] = step; }
 
-  static void hide(const ScoreContext& context, const RowPanel& panel, const ScoreTile& tile, std::int32_t begin, std::int32_t end) {
+  static void hide(const ScoreContext& context, const RowPanel& panel, const ScoreTile& tile, std::int32_t begin,
+                   std::int32_t end) {
     if (begin >= end) return;
     visibility_step(context, panel, {tile.scores + (begin - tile.key_begin) * tile.stride, tile.stride, end - begin, begin});
   }
@@ -137,7 +138,8 @@ class ScoreSteps {
   int count_ = 0;
 };
 
-// Calls visit(key, v, keep) for every vector of the tile; `keep` is a lane mask. Not a step on scores: dropout acts on probabilities.
+// Calls visit(key, v, keep) for every vector of the tile; `keep` is a lane mask. Not a step on scores: dropout acts on
+// probabilities.
 template <class Visit>
 FA_INLINE void visit_dropout(const AttentionProblem& problem, const std::uint32_t* dropout_key, const RowPanel& panel,
                              std::int32_t key_begin, int keys, Visit visit) {

@@ -15,7 +15,8 @@ struct Lengths {
 Extent extent_of(const Lengths& lengths, std::int32_t batch, std::int32_t previous_end) {
   const std::int32_t used = lengths.seqused ? lengths.seqused[batch] : lengths.max_seqlen;
   if (!lengths.cu_seqlens) return sequence_extent(0, lengths.max_seqlen, 0, lengths.max_seqlen, lengths.max_seqlen, used);
-  return sequence_extent(lengths.cu_seqlens[batch], lengths.cu_seqlens[batch + 1], previous_end, lengths.total, lengths.max_seqlen, used);
+  return sequence_extent(lengths.cu_seqlens[batch], lengths.cu_seqlens[batch + 1], previous_end, lengths.total,
+                         lengths.max_seqlen, used);
 }
 
 }  // namespace

@@ -1,7 +1,7 @@
 // The vocabulary of the kernels: vectors of one ISA level and the register tile that every matrix product is made of.
 //
-// A level (src/cpu/levels) says how wide its vectors are and how many registers it has, and includes the kernels; all of it lives in
-// that level's own unnamed namespace, so that no function compiled for one level can be linked into another.
+// A level (src/cpu/levels) says how wide its vectors are and how many registers it has, and includes the kernels; all of it
+// lives in that level's own unnamed namespace, so that no function compiled for one level can be linked into another.
 #pragma once
 
 #include <cstdint>
@@ -114,8 +114,8 @@ FA_INLINE void transpose(Vec (&rows)[lanes]) {
   }
 }
 
-// visit(column, vector) for every column of `columns`: the elements of [lanes] rows, `stride` apart, in that column. Reads whole
-// vectors: `stride` covers round_up(columns, lanes).
+// visit(column, vector) for every column of `columns`: the elements of [lanes] rows, `stride` apart, in that column. Reads
+// whole vectors: `stride` covers round_up(columns, lanes).
 template <class Visit>
 FA_INLINE void visit_columns(const float* rows, std::int64_t stride, int columns, Visit visit) {
   for (int column = 0; column < columns; column += lanes) {
@@ -128,8 +128,8 @@ FA_INLINE void visit_columns(const float* rows, std::int64_t stride, int columns
   }
 }
 
-// The register tile: acc[M][N vectors] += A[M][depth] * B[depth][N vectors]. Elements of A are broadcast, B is read along its lanes;
-// M * N accumulators, N vectors of B and one broadcast fill the register file.
+// The register tile: acc[M][N vectors] += A[M][depth] * B[depth][N vectors]. Elements of A are broadcast, B is read along its
+// lanes; M * N accumulators, N vectors of B and one broadcast fill the register file.
 template <int M, int N>
 FA_INLINE void matmul_tile(Vec (&acc)[M][N], const float* a, std::int64_t a_row, std::int64_t a_depth, const float* b,
                            std::int64_t b_depth, int depth) {
@@ -148,15 +148,18 @@ FA_INLINE void matmul_tile(Vec (&acc)[M][N], const float* a, std::int64_t a_row,
   }
 }
 
-// Tile shapes. Scores: `panel_vectors` vectors of query rows by score_keys<N> keys. Products with V, dO, Q, K: dim_vectors vectors of
-// head dims by value_rows<N> rows.
+// Tile shapes. Scores: `panel_vectors` vectors of query rows by score_keys<N> keys. Products with V, dO, Q, K: dim_vectors
+// vectors of head dims by value_rows<N> rows.
 constexpr bool many_registers = FA_VECTOR_REGISTERS >= 32;
 constexpr int panel_vectors = 3;
 constexpr int panel_rows = panel_vectors * lanes;
 constexpr int dim_vectors = 2;
 constexpr int dim_panel = dim_vectors * lanes;
 template <int N>
-constexpr int score_keys = many_registers ? 8 : (N == 3 ? 4 : N == 2 ? 6 : 12);
+constexpr int score_keys = many_registers ? 8
+                                          : (N == 3   ? 4
+                                             : N == 2 ? 6
+                                                      : 12);
 template <int N>
 constexpr int value_rows = N == 3 ? (many_registers ? 12 : 6) : 4;
 constexpr int tile_keys = many_registers ? 24 : 12;  // a multiple of every tile's keys: no product runs past a block
