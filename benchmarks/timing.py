@@ -1,0 +1,51 @@
+"""Minimum over interleaved runs, so that a busy spell of the machine hits every implementation alike."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+
+from memory import Peak, peak_of
+
+Call = Callable[[], None]
+
+SLOW_SECONDS = 1.0
+
+# Lets the OpenMP threads of a peer fall asleep: for some milliseconds after its call they spin on the cores that we would use.
+SETTLE_SECONDS = 0.005
+
+
+@dataclass
+class Timing:
+    seconds: float
+    runs: int
+    peak: Peak
+
+
+def _seconds(call: Call) -> float:
+    time.sleep(SETTLE_SECONDS)
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def first_run(call: Call) -> Timing:
+    """Warms up, and measures memory."""
+    timing = Timing(0.0, 1, Peak(0, None))
+
+    def timed() -> None:
+        timing.seconds = _seconds(call)
+
+    timing.peak = peak_of(timed)
+    return timing
+
+
+def interleave(calls: dict[str, Call], timings: dict[str, Timing], once_if_slow: Collection[str], iters: int) -> None:
+    """`iters` rounds after the first runs, whose timings it improves. Of `once_if_slow`, what took over a second is left as it is."""
+    slow = {name for name in once_if_slow if name in timings and timings[name].seconds > SLOW_SECONDS}
+    for _ in range(iters):
+        for name, call in calls.items():
+            if name not in slow:
+                timings[name].seconds = min(timings[name].seconds, _seconds(call))
+                timings[name].runs += 1
