@@ -48,8 +48,6 @@ build: $(VENV)/.requirements ## Build into .venv, editable; fast when little has
 
 .PHONY: bench
 bench: build ## Benchmark against MLX's SDPA, PyTorch if installed, and the machine's ceilings
-	cmake --preset benchmarks --log-level=WARNING
-	cmake --build --preset benchmarks
 	$(BIN)/python benchmarks/benchmark_flash_attn_mlx.py $(BENCH_ARGS)
 
 .PHONY: bench-peers
