@@ -27,7 +27,7 @@ FA_FN int32 causal_window_right(bool causal, int32 window_right) { return causal
 
 /// Keys that query `row` of its sequence sees: positions in [0, seqlen_k), aligned so that the last query meets the last key.
 FA_FN KeyRange visible_keys(MaskRule rule, int32 row) {
-  const int32 diagonal = row + rule.seqlen_k - rule.seqlen_q;
+  const int32 diagonal = row - rule.seqlen_q + rule.seqlen_k;  // in this order it cannot overflow
   KeyRange keys = {0, rule.seqlen_k};
   // Compared before they are added, so that windows near 2^31 cannot overflow.
   if (rule.window_left >= 0 && rule.window_left < diagonal) keys.begin = diagonal - rule.window_left;

@@ -1,0 +1,260 @@
+#include "scalar_reference.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+#include "element.h"
+#include "semantics/dropout.h"
+#include "semantics/mask.h"
+#include "semantics/score.h"
+
+namespace flash_attn::test {
+namespace {
+
+constexpr double infinity = std::numeric_limits<double>::infinity();
+
+struct DoubleWords {
+  static double tanh(double x) { return std::tanh(x); }
+  static double abs(double x) { return std::abs(x); }
+};
+
+// A tensor read once into double, contiguous.
+class Dense {
+ public:
+  Dense(const cpu::ConstTensor& tensor, std::int64_t batch, std::int64_t rows, std::int64_t heads, std::int64_t dim)
+      : heads_(heads), dim_(dim) {
+    const cpu::Strides& strides = tensor.strides;
+    values_.reserve(static_cast<std::size_t>(batch * rows * heads * dim));
+    for (std::int64_t b = 0; b < batch; ++b) {
+      for (std::int64_t row = 0; row < rows; ++row) {
+        for (std::int64_t head = 0; head < heads; ++head) {
+          const std::int64_t offset = b * strides.batch + row * strides.seq + head * strides.head;
+          for (std::int64_t d = 0; d < dim; ++d) {
+            values_.push_back(read_element(tensor.data, tensor.dtype, offset + d * strides.dim));
+          }
+        }
+      }
+    }
+  }
+
+  const double* row(std::int64_t row, std::int64_t head) const { return values_.data() + (row * heads_ + head) * dim_; }
+
+ private:
+  std::int64_t heads_, dim_;
+  std::vector<double> values_;
+};
+
+Dense dense_queries(const AttentionProblem& problem, const cpu::ConstTensor& tensor, std::int64_t dim) {
+  return Dense(tensor, problem.varlen ? 1 : problem.batch, problem.varlen ? problem.total_q : problem.max_seqlen_q,
+               problem.heads_q, dim);
+}
+
+Dense dense_keys(const AttentionProblem& problem, const cpu::ConstTensor& tensor, std::int64_t dim) {
+  return Dense(tensor, problem.varlen ? 1 : problem.batch, problem.varlen ? problem.total_k : problem.max_seqlen_k,
+               problem.heads_k, dim);
+}
+
+struct DenseInputs {
+  Dense q, k, v;
+
+  DenseInputs(const AttentionProblem& problem, const cpu::AttentionInputs& inputs)
+      : q(dense_queries(problem, inputs.q, problem.head_dim)),
+        k(dense_keys(problem, inputs.k, problem.head_dim)),
+        v(dense_keys(problem, inputs.v, problem.head_dim_v)) {}
+};
+
+double dot(const double* a, const double* b, std::int32_t dim) {
+  double sum = 0.0;
+  for (std::int32_t d = 0; d < dim; ++d) sum += a[d] * b[d];
+  return sum;
+}
+
+void add_scaled(double* sum, double factor, const double* row, std::int32_t dim) {
+  for (std::int32_t d = 0; d < dim; ++d) sum[d] += factor * row[d];
+}
+
+Extent extent_of(const std::int32_t* cu_seqlens, const std::int32_t* seqused, std::int32_t total, std::int32_t max_seqlen,
+                 std::int32_t batch, std::int32_t previous_end) {
+  const std::int32_t used = seqused ? seqused[batch] : max_seqlen;
+  if (!cu_seqlens) return sequence_extent(0, max_seqlen, 0, max_seqlen, max_seqlen, used);
+  return sequence_extent(cu_seqlens[batch], cu_seqlens[batch + 1], previous_end, total, max_seqlen, used);
+}
+
+// A key that a query sees.
+struct VisibleKey {
+  std::int32_t key;
+  double score;       // natural units, after softcap, ALiBi and mask
+  double derivative;  // d(score) / d(scale * q.k)
+  double weight;      // what dropout multiplies the probability by: 0, 1 or 1 / (1 - p)
+  double probability;
+};
+
+struct Row {
+  std::vector<VisibleKey> keys;
+  double lse = -infinity;
+  double sink_probability = 0.0;
+};
+
+// The scores and probabilities of query `i` of head `head`.
+Row attend(const AttentionProblem& problem, const cpu::AttentionInputs& inputs, const DenseInputs& dense,
+           const SequencePair& pair, std::int32_t batch, std::int32_t head, std::int32_t i) {
+  const std::int32_t kv_head = head / problem.group();
+  const double* q = dense.q.row(query_row(problem, pair, batch, i), head);
+  const KeyRange range = visible_keys(problem.mask_rule(pair.q.length, pair.k.length), i);
+  Row row;
+  for (std::int32_t j = range.begin; j < range.end; ++j) {
+    const double product = dot(q, dense.k.row(key_row(problem, pair, batch, j), kv_head), problem.head_dim);
+    VisibleKey visible = {j, problem.softmax_scale * product, 1.0, 1.0, 0.0};
+    if (problem.softcap > 0) {
+      const double softcap = problem.softcap;
+      const double tanh_value = softcap_tanh<double, DoubleWords>(visible.score, 1.0 / softcap);
+      visible.score = softcap * tanh_value;
+      visible.derivative = softcap_derivative(tanh_value);
+    }
+    if (inputs.alibi_slopes) {
+      const double slope = inputs.alibi_slopes[batch * inputs.alibi_batch_stride + head];
+      const double distance = std::int64_t{i} + pair.k.length - pair.q.length - j;
+      visible.score += alibi_bias<double, DoubleWords>(slope, distance);
+    }
+    if (const cpu::MaskTensor& mask = inputs.attn_mask; mask.data) {
+      const double value =
+          read_element(mask.data, mask.dtype, batch * mask.batch + head * mask.head + i * mask.row + j * mask.key);
+      const bool hidden = mask.dtype == DType::boolean ? value == 0.0 : value == -infinity;
+      if (hidden) continue;
+      if (mask.dtype != DType::boolean) visible.score += value;
+    }
+    if (problem.has_dropout) {
+      const auto head_offset = static_cast<std::uint32_t>(batch * problem.heads_q + head) * 32u;
+      const bool keep = dropout_keeps(problem.dropout_keep_24, inputs.dropout_key[0], inputs.dropout_key[1], head_offset, i, j);
+      visible.weight = keep ? problem.dropout_scale : 0.0;
+    }
+    row.keys.push_back(visible);
+  }
+
+  const double sink = inputs.learnable_sink ? inputs.learnable_sink[head] : -infinity;
+  double maximum = sink;
+  for (const VisibleKey& visible : row.keys) maximum = std::max(maximum, visible.score);
+  if (maximum == -infinity) return {};
+  double sum = std::exp(sink - maximum);
+  for (const VisibleKey& visible : row.keys) sum += std::exp(visible.score - maximum);
+  row.lse = maximum + std::log(sum);
+  for (VisibleKey& visible : row.keys) visible.probability = std::exp(visible.score - maximum) / sum;
+  row.sink_probability = std::exp(sink - maximum) / sum;
+  return row;
+}
+
+std::vector<double> zeros(std::int64_t size) { return std::vector<double>(static_cast<std::size_t>(size), 0.0); }
+
+double* row_of(std::vector<double>& tensor, std::int64_t row, std::int64_t heads, std::int64_t head, std::int64_t dim) {
+  return tensor.data() + (row * heads + head) * dim;
+}
+
+template <class Visit>
+void for_each_query(const AttentionProblem& problem, const cpu::AttentionInputs& inputs, Visit visit) {
+  const std::vector<SequencePair> pairs = sequence_pairs(problem, inputs);
+  for (std::int32_t batch = 0; batch < problem.batch; ++batch) {
+    const SequencePair& pair = pairs[static_cast<std::size_t>(batch)];
+    for (std::int32_t head = 0; head < problem.heads_q; ++head) {
+      for (std::int32_t i = 0; i < pair.q.length; ++i) visit(pair, batch, head, i);
+    }
+  }
+}
+
+}  // namespace
+
+std::vector<SequencePair> sequence_pairs(const AttentionProblem& problem, const cpu::AttentionInputs& inputs) {
+  std::vector<SequencePair> pairs;
+  SequencePair previous = {};
+  for (std::int32_t batch = 0; batch < problem.batch; ++batch) {
+    previous = {extent_of(inputs.cu_seqlens_q, inputs.seqused_q, problem.total_q, problem.max_seqlen_q, batch,
+                          previous.q.begin + previous.q.length),
+                extent_of(inputs.cu_seqlens_k, inputs.seqused_k, problem.total_k, problem.max_seqlen_k, batch,
+                          previous.k.begin + previous.k.length)};
+    pairs.push_back(previous);
+  }
+  return pairs;
+}
+
+std::int64_t query_rows(const AttentionProblem& problem) {
+  return problem.varlen ? problem.total_q : std::int64_t{problem.batch} * problem.max_seqlen_q;
+}
+
+std::int64_t key_rows(const AttentionProblem& problem) {
+  return problem.varlen ? problem.total_k : std::int64_t{problem.batch} * problem.max_seqlen_k;
+}
+
+std::int64_t query_row(const AttentionProblem& problem, const SequencePair& pair, std::int64_t batch, std::int64_t i) {
+  return (problem.varlen ? pair.q.begin : batch * problem.max_seqlen_q) + i;
+}
+
+std::int64_t key_row(const AttentionProblem& problem, const SequencePair& pair, std::int64_t batch, std::int64_t j) {
+  return (problem.varlen ? pair.k.begin : batch * problem.max_seqlen_k) + j;
+}
+
+ReferenceForward reference_forward(const AttentionProblem& problem, const cpu::AttentionInputs& inputs) {
+  const DenseInputs dense(problem, inputs);
+  const std::int64_t rows = query_rows(problem);
+  ReferenceForward result = {zeros(rows * problem.heads_q * problem.head_dim_v),
+                             std::vector<double>(static_cast<std::size_t>(rows * problem.heads_q), -infinity)};
+  for_each_query(problem, inputs, [&](const SequencePair& pair, std::int32_t batch, std::int32_t head, std::int32_t i) {
+    const Row row = attend(problem, inputs, dense, pair, batch, head, i);
+    const std::int64_t position = query_row(problem, pair, batch, i);
+    double* out = row_of(result.out, position, problem.heads_q, head, problem.head_dim_v);
+    for (const VisibleKey& visible : row.keys) {
+      const double* v = dense.v.row(key_row(problem, pair, batch, visible.key), head / problem.group());
+      add_scaled(out, visible.weight * visible.probability, v, problem.head_dim_v);
+    }
+    *row_of(result.lse, position, problem.heads_q, head, 1) = row.lse;
+  });
+  return result;
+}
+
+ReferenceGradients reference_backward(const AttentionProblem& problem, const cpu::AttentionInputs& inputs,
+                                      const cpu::BackwardInputs& saved, const cpu::Gradients& shapes) {
+  const std::int32_t dim = problem.head_dim;
+  const std::int32_t dim_v = problem.head_dim_v;
+  const DenseInputs dense(problem, inputs);
+  const Dense saved_out = dense_queries(problem, saved.out, dim_v);
+  const Dense saved_dout = dense_queries(problem, saved.dout, dim_v);
+  ReferenceGradients result = {
+      zeros(query_rows(problem) * problem.heads_q * dim), zeros(key_rows(problem) * problem.heads_k * dim),
+      zeros(key_rows(problem) * problem.heads_k * dim_v), zeros(problem.heads_q),
+      zeros(std::int64_t{shapes.dmask_batch} * shapes.dmask_heads * shapes.dmask_rows * shapes.dmask_keys)};
+  const auto dmask_index = [&](std::int64_t batch, std::int64_t head, std::int64_t i, std::int64_t j) {
+    std::int64_t index = shapes.dmask_batch == 1 ? 0 : batch;
+    index = index * shapes.dmask_heads + (shapes.dmask_heads == 1 ? 0 : head);
+    index = index * shapes.dmask_rows + (shapes.dmask_rows == 1 ? 0 : i);
+    return static_cast<std::size_t>(index * shapes.dmask_keys + (shapes.dmask_keys == 1 ? 0 : j));
+  };
+
+  for_each_query(problem, inputs, [&](const SequencePair& pair, std::int32_t batch, std::int32_t head, std::int32_t i) {
+    const Row row = attend(problem, inputs, dense, pair, batch, head, i);
+    const std::int32_t kv_head = head / problem.group();
+    const std::int64_t query = query_row(problem, pair, batch, i);
+    const double* q = dense.q.row(query, head);
+    const double* dout = saved_dout.row(query, head);
+    double delta = dot(dout, saved_out.row(query, head), dim_v);  // D - dLSE
+    if (saved.dlse) {
+      const cpu::LseStrides& strides = saved.dlse_strides;
+      delta -= saved.dlse[batch * strides.batch + head * strides.head + (pair.q.begin + i) * strides.seq];
+    }
+
+    double* dq = row_of(result.dq, query, problem.heads_q, head, dim);
+    for (const VisibleKey& visible : row.keys) {
+      const std::int64_t key = key_row(problem, pair, batch, visible.key);
+      add_scaled(row_of(result.dv, key, problem.heads_k, kv_head, dim_v), visible.weight * visible.probability, dout, dim_v);
+      const double dp = dot(dout, dense.v.row(key, kv_head), dim_v);
+      const double dscore = visible.probability * (visible.weight * dp - delta);
+      if (!result.dmask.empty()) result.dmask[dmask_index(batch, head, i, visible.key)] += dscore;
+      const double dproduct = problem.softmax_scale * visible.derivative * dscore;
+      add_scaled(dq, dproduct, dense.k.row(key, kv_head), dim);
+      add_scaled(row_of(result.dk, key, problem.heads_k, kv_head, dim), dproduct, q, dim);
+    }
+    // Guarded: with neither keys nor a sink, D and dLSE reach nothing.
+    if (row.sink_probability > 0.0) result.dsink[static_cast<std::size_t>(head)] -= row.sink_probability * delta;
+  });
+  return result;
+}
+
+}  // namespace flash_attn::test
