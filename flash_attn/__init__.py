@@ -1,10 +1,6 @@
 """flash-attention's API on MLX arrays. The same functions as `flash_attn.flash_attn_mlx`."""
 
-from .flash_attn_mlx.utils import warn_if_upstream_is_installed
-
-warn_if_upstream_is_installed()
-
-from .flash_attn_mlx import (  # noqa: E402  (the warning explains an error that may follow)
+from .flash_attn_mlx import (
     _can_use_mlx_sdpa,
     _route,
     flash_attention_mlx,
@@ -16,7 +12,7 @@ from .flash_attn_mlx import (  # noqa: E402  (the warning explains an error that
     flash_attn_varlen_kvpacked_func,
     flash_attn_varlen_qkvpacked_func,
 )
-from .flash_attn_mlx._build_info import VERSION as __version__  # noqa: E402
+from .flash_attn_mlx._build_info import VERSION as __version__
 
 __all__ = [
     "__version__",

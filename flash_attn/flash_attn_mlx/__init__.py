@@ -1,7 +1,8 @@
 """flash-attention for MLX: upstream's functions on MLX arrays."""
 
-from .utils import load_core
+from .utils import load_core, warn_if_upstream_is_installed
 
+warn_if_upstream_is_installed()
 load_core()
 
 from .interface import (  # noqa: E402  (only after the compiled module is known to work)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import importlib
-import importlib.metadata
 import sys
 import warnings
+from pathlib import Path
 from types import ModuleType
 
 _core: ModuleType | None = None
@@ -70,13 +70,13 @@ def load_core() -> ModuleType:
 
 def warn_if_upstream_is_installed() -> None:
     """Upstream's CUDA package ``flash-attn`` owns the same import name: whichever was installed last is imported."""
-    try:
-        version = importlib.metadata.version("flash-attn")
-    except importlib.metadata.PackageNotFoundError:
-        return
-    warnings.warn(
-        f"flash-attn {version} (for PyTorch) is installed beside flash-attn-mlx and both are imported as flash_attn: keep only "
-        "one of them in an environment",
-        RuntimeWarning,
-        stacklevel=2,
-    )
+    for folder in sys.path:
+        # importlib.metadata would say the same, but importing it takes longer than all the rest of this package.
+        for found in Path(folder).glob("flash_attn-*.dist-info"):
+            warnings.warn(
+                f"{found.stem} (upstream's, for PyTorch) is installed beside flash-attn-mlx and both are imported as "
+                "flash_attn: keep only one of them in an environment",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+            return

@@ -41,7 +41,7 @@ AttentionResult run(const AttentionCall& call, const AttentionOptions& options) 
   const bool wants_probabilities = options.return_attn_probs && call.problem.has_dropout;
   return {std::move(out), std::move(lse),
           wants_probabilities ? mx::stop_gradient(reference::attention(call).probabilities, call.stream)
-                              : mx::zeros({0}, call.q.dtype(), call.stream),
+                              : mx::array(std::initializer_list<int>{}, call.q.dtype()),
           std::move(route)};
 }
 

@@ -12,8 +12,8 @@ namespace flash_attn {
 
 namespace mx = mlx::core;
 
-/// The optional arrays of a call. Order and presence are part of the node's identity; `AttentionCall::inputs` lists those
-/// present after q, k, v in this order.
+/// The optional arrays of a call. Order and presence are part of the node's identity; inputs.h lists those present
+/// after q, k, v in this order.
 struct OptionalInputs {
   std::optional<mx::array> attn_mask;       // 4-D, unexpanded: axes of 1 broadcast
   std::optional<mx::array> learnable_sink;  // float32 (heads_q,)

@@ -53,7 +53,7 @@ Route choose_route(const AttentionCall& call, const AttentionOptions& options) {
 
   if (wish == env::RouteWish::sdpa) {
     if (const std::string obstacle = why_not_sdpa(call, options); !obstacle.empty()) {
-      throw std::invalid_argument("[flash_attn] FLASH_ATTENTION_MLX_ROUTE=sdpa: this call has " + obstacle);
+      throw std::invalid_argument("[flash_attn] FLASH_ATTENTION_MLX_ROUTE=sdpa cannot take this call: " + obstacle);
     }
     return {Target::sdpa, "FLASH_ATTENTION_MLX_ROUTE=sdpa"};
   }
