@@ -106,15 +106,15 @@ def warm_up(implementations: dict[str, Implementation]) -> None:
             implementation.prepare(tiny, inputs)()
 
 
-def run_case(case: Case, implementations: dict[str, Implementation], iters: int) -> tuple[list[Row], list[str]]:
-    """Rows of one case, ours first, and why a peer that was asked for has none."""
+def run_case(case: Case, implementations: dict[str, Implementation], iters: int) -> tuple[list[Row], dict[str, str]]:
+    """Rows of one case, ours first, and by peer why it has none."""
     inputs = make_inputs(case)
     ours = implementations["ours"]
     calls = {"ours": ours.prepare(case, inputs)}
     if case.compare_with_plain:
         calls["plain"] = ours.prepare(case.plain, make_inputs(case.plain))
     timings = {name: first_run(call) for name, call in calls.items()}
-    missing = []
+    missing = {}
     for name in case.peers:
         reason = implementations[name].missing(case)
         if not reason:
@@ -123,9 +123,9 @@ def run_case(case: Case, implementations: dict[str, Implementation], iters: int)
                 timings[name] = first_run(call)
                 calls[name] = call
             except (RuntimeError, ValueError) as error:  # a peer's limits are not ours to know; its message says them
-                reason = f"{report.IMPLEMENTATION_NAMES[name]} on {case.label} {case.steps}: {error}"
+                reason = f"{case.label} {case.steps}: {error}"
         if reason:
-            missing.append(reason)
+            missing[name] = reason
     interleave(calls, timings, once_if_slow=case.peers, iters=iters)
     plain = timings.pop("plain", None)
     rows = [row_of(case, name, timing, plain if name == "ours" else None) for name, timing in timings.items()]
@@ -159,7 +159,7 @@ def main() -> int:
     implementations: dict[str, Implementation] = {peer.name: peer for peer in (Ours(), Sdpa(), Reference(), Torch(threads))}
     warm_up(implementations)
     rows: list[Row] = []
-    notes: dict[str, None] = {}
+    gaps: dict[str, dict[str, None]] = {peer: {} for peer in PEERS}
     memory = None
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
@@ -167,7 +167,8 @@ def main() -> int:
         for case in cases:
             progress.update(task, description=f"{case.label} {case.steps}")
             found, missing = run_case(case, implementations, args.iters)
-            notes.update(dict.fromkeys(missing))
+            for peer, reason in missing.items():
+                gaps[peer][reason] = None
             rows += found
             ceilings.measure()
             console.print(report.case_line(case.label, case.steps, found), soft_wrap=True)
@@ -184,8 +185,7 @@ def main() -> int:
     report.print_features(console, rows)
     if memory:
         report.print_memory(console, memory)
-    for note in notes:
-        console.print(f"note: {note}", soft_wrap=True)
+    report.print_gaps(console, gaps)
     ceilings.measure(read=True)
     report.print_ceilings(console, ceilings)
     targets = evaluate(rows, memory)

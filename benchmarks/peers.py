@@ -138,8 +138,8 @@ class Sdpa:
 
     def missing(self, case: Case) -> str:
         if case.lengths or case.window != (-1, -1) or case.softcap or case.alibi or case.dropout_p or case.lse:
-            return f"MLX SDPA has no {case.feature}"
-        return "MLX SDPA takes causal or a mask" if case.attn_mask and case.causal else ""
+            return f"no {case.feature}"
+        return "either causal or attn_mask" if case.attn_mask and case.causal else ""
 
     def prepare(self, case: Case, x: Inputs) -> Call:
         def heads_first(t: mx.array) -> mx.array:
@@ -168,9 +168,9 @@ class Torch:
 
     def missing(self, case: Case) -> str:
         if importlib.util.find_spec("torch") is None:
-            return "PyTorch is not installed: make bench-peers"
+            return "not installed (make bench-peers)"
         if case.lengths or case.window != (-1, -1) or case.softcap or case.alibi or case.dropout_p or case.lse or case.sinks:
-            return f"PyTorch SDPA has no fused {case.feature} on CPU"
+            return f"no fused {case.feature} on CPU"
         return ""
 
     def prepare(self, case: Case, x: Inputs) -> Call:

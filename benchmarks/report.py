@@ -91,11 +91,12 @@ def print_features(console: Console, rows: list[Row]) -> None:
     shapes = sorted({(row["dtype"], row["seqlen"], row["head_dim"], row["steps"]) for row in ours}, key=_shape_order)
     if not ours:
         return
-    columns = [f"{dtype} S{seqlen} D{dim} {steps.replace('forward', 'fwd').replace('backward', 'bwd')}"
-               for dtype, seqlen, dim, steps in shapes]  # fmt: skip
-    table = _table(
-        console, "Speed per visible (query, key) pair, of plain float32's (1.00: the feature is free)", "feature", *columns
-    )
+    columns = [
+        f"{dtype} S{seqlen} D{dim} {steps.replace('forward', 'fwd').replace('backward', 'bwd')}"
+        for dtype, seqlen, dim, steps in shapes
+    ]
+    title = "Speed per visible (query, key) pair, of plain's (1.00: the feature is free; of 16-bit plain: of float32's)"
+    table = _table(console, title, ("feature", *columns))
     for feature in dict.fromkeys(row["feature"] for row in ours):
         values = {
             (row["dtype"], row["seqlen"], row["head_dim"], row["steps"]): row["of_plain"]
@@ -109,6 +110,12 @@ def print_features(console: Console, rows: list[Row]) -> None:
 def _shape_order(shape: tuple[str, int, int, str]) -> tuple[bool, int, int, int]:
     dtype, seqlen, head_dim, steps = shape
     return (dtype != "float32", seqlen, head_dim, PASSES.index(steps) if steps in PASSES else PASSES.index(FORWARD))
+
+
+def print_gaps(console: Console, gaps: dict[str, dict[str, None]]) -> None:
+    for peer, reasons in gaps.items():
+        if reasons:
+            console.print(f"not measured, {IMPLEMENTATION_NAMES[peer]}: {'; '.join(reasons)}", soft_wrap=True)
 
 
 def print_memory(console: Console, memory: Row) -> None:

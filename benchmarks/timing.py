@@ -12,6 +12,10 @@ Call = Callable[[], None]
 
 SLOW_SECONDS = 1.0
 
+# A case of some milliseconds gets more rounds, until it has taken this long.
+LEAST_SECONDS = 0.5
+MOST_ROUNDS = 8
+
 # Lets the OpenMP threads of a peer fall asleep: for some milliseconds after its call they spin on the cores that we would use.
 SETTLE_SECONDS = 0.005
 
@@ -42,9 +46,12 @@ def first_run(call: Call) -> Timing:
 
 
 def interleave(calls: dict[str, Call], timings: dict[str, Timing], once_if_slow: Collection[str], iters: int) -> None:
-    """`iters` rounds after the first runs, whose timings it improves. Of `once_if_slow`, what took over a second is left as it is."""
+    """Improves first runs by `iters` rounds, more when they are short; of `once_if_slow`, what took over a second stays as it is."""
     slow = {name for name in once_if_slow if name in timings and timings[name].seconds > SLOW_SECONDS}
-    for _ in range(iters):
+    start = time.perf_counter()
+    rounds = 0
+    while rounds < iters or (rounds < MOST_ROUNDS * iters and time.perf_counter() - start < LEAST_SECONDS):
+        rounds += 1
         for name, call in calls.items():
             if name not in slow:
                 timings[name].seconds = min(timings[name].seconds, _seconds(call))
