@@ -15,7 +15,7 @@ int main() {
   const flash_attn::AttentionResult result = flash_attn::flash_attn_func(q, k, v, {.causal = true});
   // Each row of the softmax sums to 1, so values of 1 come back as 1.
   const bool ones = mx::allclose(result.out, mx::ones_like(result.out)).item<bool>();
-  std::cout << "flash_attn on " << flash_attn::isa_level() << ", " << flash_attn::num_threads() << " threads: "
-            << (ones ? "right" : "wrong") << '\n';
+  std::cout << "flash_attn on " << flash_attn::isa_level() << ", " << flash_attn::num_threads()
+            << " threads: " << (ones ? "right" : "wrong") << '\n';
   return ones ? 0 : 1;
 }
