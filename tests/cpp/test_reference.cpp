@@ -67,6 +67,7 @@ TEST_P(FiniteDifferences, AreTheReferencesGradient) {
   Features features;
   GetParam().apply(problem, features);
   features.dlse = true;
+  features.q = features.k = features.v = features.out = Layout::contiguous;  // as the reference's gradients
   TestCall call(problem, features, 11);
   call.save_reference(reference_forward(call.problem, call.inputs));
   const ReferenceGradients gradients = reference_backward(call.problem, call.inputs, call.saved, call.gradients);
