@@ -23,7 +23,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 import ceilings as ceiling_program
 import report
-from cases import DTYPES, FEATURES, FORWARD, FORWARD_BACKWARD, PASSES, Case, grid_cases, quick_cases
+from cases import DTYPE_NAMES, FEATURES, FORWARD, FORWARD_BACKWARD, PASSES, Case, grid_cases, quick_cases
 from ceilings import Ceilings
 from peers import Implementation, Ours, Reference, Sdpa, Torch, make_inputs
 from targets import evaluate
@@ -45,7 +45,7 @@ def parse_arguments() -> argparse.Namespace:
     shapes.add_argument("--heads-k", type=int, help="kv heads, a divisor of --heads (default: --heads)")
     shapes.add_argument("--seqlen", type=int, nargs="+", default=[512, 1024, 2048])
     shapes.add_argument("--head-dim", type=int, nargs="+", default=[64, 128])
-    shapes.add_argument("--dtype", nargs="+", choices=DTYPES, default=["float32"])
+    shapes.add_argument("--dtype", nargs="+", choices=tuple(DTYPE_NAMES), default=["float32"])
     shapes.add_argument("--feature", nargs="+", choices=tuple(FEATURES), default=["plain"])
     shapes.add_argument("--full", action="store_true", help="no causal mask")
     shapes.add_argument("--forward", action="store_true", help="forward only")

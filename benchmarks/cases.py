@@ -29,7 +29,7 @@ FEATURES: dict[str, dict[str, object]] = {
     "varlen": {"varlen": True},
 }
 
-DTYPES = ("float32", "bfloat16", "float16")
+DTYPE_NAMES = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
 
 
 @dataclass(frozen=True)
@@ -61,12 +61,11 @@ class Case:
 
     @property
     def label(self) -> str:
-        short = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}[self.dtype]
         heads = f"H{self.heads}" if self.heads == self.heads_k else f"H{self.heads}/{self.heads_k}"
         shape = f"B{len(self.lengths)} varlen {sum(self.lengths)}" if self.lengths else f"B{self.batch} S{self.seqlen}"
         mask = "causal" if self.causal else "full"
-        feature = "" if self.feature == "plain" else f" {self.feature}"
-        return f"{short} {shape} {heads} D{self.head_dim} {mask}{feature}"
+        feature = "" if self.feature in ("plain", "varlen") else f" {self.feature}"
+        return f"{DTYPE_NAMES[self.dtype]} {shape} {heads} D{self.head_dim} {mask}{feature}"
 
     @property
     def plain(self) -> Case:

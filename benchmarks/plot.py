@@ -11,6 +11,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
+from cases import DTYPE_NAMES
 from report import IMPLEMENTATION_NAMES, gflops
 
 Row = dict[str, Any]
@@ -18,6 +19,12 @@ Row = dict[str, Any]
 COLOURS = {"ours": "#1f6fb4", "torch": "#e08214", "sdpa": "#7a7a7a", "reference": "#b9b9b9"}
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 TARGET_OF_PLAIN = 0.8
+
+
+def _head(axes: Axes, title: str, columns: int) -> None:
+    """The title, and the legend between it and the data, where it covers neither."""
+    axes.legend(loc="lower left", bbox_to_anchor=(-0.01, 1.0), ncols=columns, fontsize=8, frameon=False)
+    axes.set_title(title, loc="left", pad=38)
 
 
 def _plot_speed(axes: Axes, rows: list[Row], ceiling: float) -> None:
@@ -43,8 +50,7 @@ def _plot_speed(axes: Axes, rows: list[Row], ceiling: float) -> None:
     axes.set_ylim(y - 0.6, -1.0)
     axes.set_xlim(0, max([ceiling, *(row["gflops"] for row in rows)]) * 1.14)
     axes.set_xlabel("GFLOP/s (in brackets: share of the ceiling); longer is better")
-    axes.set_title("Attention on CPU", loc="left")
-    axes.legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=5, fontsize=8, frameon=False)
+    _head(axes, "Attention on CPU", columns=5)
 
 
 def _plot_features(axes: Axes, rows: list[Row]) -> None:
@@ -58,7 +64,7 @@ def _plot_features(axes: Axes, rows: list[Row]) -> None:
             [features.index(row["feature"]) + (index - (len(series) - 1) / 2) * 0.16 for row in chosen],
             marker=MARKERS[index % len(MARKERS)],
             s=34,
-            label=f"{dtype} S{seqlen} D{head_dim} {steps}",
+            label=f"{DTYPE_NAMES[dtype]} S{seqlen} D{head_dim} {steps}",
         )
     for row_index in range(1, len(features)):
         axes.axhline(row_index - 0.5, color="#e6e6e6", linewidth=0.8)
@@ -69,8 +75,7 @@ def _plot_features(axes: Axes, rows: list[Row]) -> None:
     low = min([TARGET_OF_PLAIN, *(row["of_plain"] for row in rows)])
     axes.set_xlim(max(0.0, low - 0.08), max([1.0, *(row["of_plain"] for row in rows)]) + 0.08)
     axes.set_xlabel("speed per visible pair, of plain attention's; right of 1.0: faster than plain")
-    axes.set_title("What a feature costs", loc="left")
-    axes.legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=2, fontsize=8, frameon=False)
+    _head(axes, "What a feature costs", columns=3)
 
 
 def save_plot(path: Path, rows: list[Row], ceiling: float, subtitle: str) -> None:

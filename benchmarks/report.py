@@ -9,7 +9,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from cases import FORWARD, PASSES
+from cases import DTYPE_NAMES, FORWARD, PASSES
 from ceilings import Ceilings
 from targets import Target
 
@@ -48,7 +48,7 @@ def _mib(value: float | None) -> str:
 def case_line(case_label: str, steps: str, rows: list[Row]) -> str:
     """One finished case, for the running log."""
     ours = next(row for row in rows if row["implementation"] == "ours")
-    parts = [f"{case_label:42} {steps:17} {ours['ms']:8.1f} ms {gflops(ours):>5} GFLOP/s"]
+    parts = [f"{case_label:43} {steps:17} {ours['ms']:8.1f} ms {gflops(ours):>5} GFLOP/s"]
     if ours["of_plain"]:
         parts.append(f"{ours['of_plain']:.2f} of plain")
     for row in rows:
@@ -92,7 +92,7 @@ def print_features(console: Console, rows: list[Row]) -> None:
     if not ours:
         return
     columns = [
-        f"{dtype} S{seqlen} D{dim} {steps.replace('forward', 'fwd').replace('backward', 'bwd')}"
+        f"{DTYPE_NAMES[dtype]} S{seqlen} D{dim} {steps.replace('forward', 'fwd').replace('backward', 'bwd')}"
         for dtype, seqlen, dim, steps in shapes
     ]
     title = "Speed per visible (query, key) pair, of plain's (1.00: the feature is free; of 16-bit plain: of float32's)"

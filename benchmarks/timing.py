@@ -46,7 +46,7 @@ def first_run(call: Call) -> Timing:
 
 
 def interleave(calls: dict[str, Call], timings: dict[str, Timing], once_if_slow: Collection[str], iters: int) -> None:
-    """Improves first runs by `iters` rounds, more when they are short; of `once_if_slow`, what took over a second stays as it is."""
+    """Improves the first runs by `iters` rounds, more when they are short; a slow one of `once_if_slow` keeps its first."""
     slow = {name for name in once_if_slow if name in timings and timings[name].seconds > SLOW_SECONDS}
     start = time.perf_counter()
     rounds = 0
