@@ -57,8 +57,8 @@ mx::array dropout_keep_mask(const AttentionProblem& problem, const mx::array& dr
   const Words pair = along(6, positions(4) * number(2));
   const Words column = along(7, positions(2));
 
-  const Words key_x = {mx::take(dropout_key, 0)};
-  const Words key_y = {mx::take(dropout_key, 1)};
+  const Words key_x = {mx::slice(dropout_key, {0}, {1})};
+  const Words key_y = {mx::slice(dropout_key, {1}, {2})};
   const Words counter = dropout_counter(head, row, pair);
   const PhiloxWords<Words> words = philox4x32_7<Words, ArrayWords>({counter, {number(0)}, row_tile, column_tile}, key_x, key_y);
   const Words threshold =

@@ -1,7 +1,7 @@
 // softmax(mask(score modifiers(scale Q K^T))) V, written out. Everything is float32 and five-dimensional:
 // queries [batch, heads_k, group, seqlen_q, dim], keys [batch, heads_k, 1, seqlen_k, dim], scores [.., seqlen_q, seqlen_k].
 //
-// Gradients are MLX's own. A value that must not matter is replaced where it enters (`where` on inputs) and not only where it
+// Gradients are MLX's own. A value that must not matter is replaced where it enters (`select` on inputs) and not only where it
 // leaves: the derivative of a masked NaN would be 0 * NaN.
 #include "reference/reference.h"
 
@@ -9,6 +9,7 @@
 #include <limits>
 
 #include "mlx/mlx.h"
+#include "reference/select.h"
 #include "reference/sequences.h"
 #include "semantics/softmax.h"
 
@@ -19,7 +20,7 @@ constexpr float infinity = std::numeric_limits<float>::infinity();
 
 mx::array number(float value) { return mx::array(value, mx::float32); }
 mx::array number(int value) { return mx::array(value, mx::int32); }
-mx::array or_zero(const mx::array& condition, const mx::array& x) { return mx::where(condition, x, number(0.0f)); }
+mx::array or_zero(const mx::array& condition, const mx::array& x) { return select(condition, x, number(0.0f)); }
 
 // ---- layout
 
@@ -97,7 +98,7 @@ Operands visible_operands(const AttentionProblem& problem, const mx::array& q, c
 // it.
 mx::array dot_scores(const AttentionProblem& problem, const mx::array& q, const mx::array& k) {
   const mx::array key_is_nan = mx::any(mx::isnan(k), -1, true);
-  const mx::array dot = group_matmul(q, mx::swapaxes(mx::where(key_is_nan, number(0.0f), k), -1, -2));
+  const mx::array dot = group_matmul(q, mx::swapaxes(or_zero(mx::logical_not(key_is_nan), k), -1, -2));
   const mx::array nan = mx::where(key_is_nan, number(std::numeric_limits<float>::quiet_NaN()), number(0.0f));
   return number(problem.softmax_scale) * dot + mx::swapaxes(nan, -1, -2);
 }
@@ -135,7 +136,7 @@ Softmax softmax(const mx::array& scores, const std::optional<mx::array>& sink) {
   if (sink) sum = sum + mx::exp(*sink - maximum);
   const mx::array empty = sum == number(0.0f);
   const mx::array divisor = mx::where(empty, number(1.0f), sum);
-  return {weights / divisor, mx::where(empty, number(-infinity), maximum + mx::log(divisor))};
+  return {weights / divisor, select(mx::logical_not(empty), maximum + mx::log(divisor), number(-infinity))};
 }
 
 // ---- shapes that hold nothing
@@ -170,7 +171,7 @@ Result attend(const AttentionCall& call, const Sequences& queries, const Sequenc
   const Operands x = visible_operands(problem, queries.pad(call.q), keys.pad(call.k), keys.pad(call.v), visible);
   mx::array scores = modify_scores(call, queries, keys, dot_scores(problem, x.q, x.k));
   if (mask && mask->dtype() != mx::bool_) scores = scores + or_zero(visible, mx::astype(*mask, mx::float32));
-  const Softmax softmaxed = softmax(mx::where(visible, scores, number(-infinity)), sink);
+  const Softmax softmaxed = softmax(select(visible, scores, number(-infinity)), sink);
 
   mx::array kept = softmaxed.probabilities;
   mx::array signed_probabilities = softmaxed.probabilities;
@@ -183,7 +184,7 @@ Result attend(const AttentionCall& call, const Sequences& queries, const Sequenc
   const mx::array row_sees = mx::any(visible, -1, true);
   const mx::array out = or_zero(row_sees, group_matmul(kept, x.v));
   const mx::array inside = mx::arange(0, queries.padded_seqlen(), 1, mx::int32) < mx::squeeze(queries.lengths(), -1);
-  const mx::array lse = mx::where(mx::expand_dims(inside, {1, 2}), mx::squeeze(softmaxed.lse, -1), number(-infinity));
+  const mx::array lse = select(mx::expand_dims(inside, {1, 2}), mx::squeeze(softmaxed.lse, -1), number(-infinity));
   const mx::array packed_lse = queries.unpad(heads_last(lse), -infinity);
   return {mx::astype(queries.unpad(heads_last(out), 0.0f), call.q.dtype()),
           problem.varlen ? mx::transpose(packed_lse) : mx::swapaxes(packed_lse, 1, 2),

@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "mlx/mlx.h"
+#include "reference/select.h"
 
 namespace flash_attn::reference {
 namespace {
@@ -44,7 +45,7 @@ mx::array Sequences::unpad(const mx::array& padded, float outside) const {
   const mx::array rows = mx::take(mx::flatten(padded, 0, 1), slot, 0);
   mx::Shape shape(rows.ndim(), 1);
   shape[0] = total_;
-  return mx::where(mx::reshape(inside, shape), rows, mx::array(outside, rows.dtype()));
+  return select(mx::reshape(inside, shape), rows, mx::array(outside, rows.dtype()));
 }
 
 }  // namespace flash_attn::reference

@@ -78,33 +78,41 @@ def _philox(counter: list[Array], key: list[int]) -> list[Array]:
     return counter
 
 
-def dropout_keep(key: Array, dropout_p: float, batch: int, heads: int, seqlen_q: int, seqlen_k: int) -> Array:
-    """bool (heads, seqlen_q, seqlen_k): what one batch item keeps."""
+def dropout_keep(key: Array, dropout_p: float, heads: Array, seqlen_q: int, seqlen_k: int) -> Array:
+    """bool (len(heads), seqlen_q, seqlen_k); `heads` are positions among all the call's heads, batch * heads_q + head.
+
+    A Philox call serves rows r and r + 8 of a tile and eight of its columns, so calls are made once for each of
+    (head, tile row and r % 8, tile column and pair), and every element then picks its byte.
+    """
     key_x, key_y = (int(word) for word in np.asarray(key))
-    head, row, column = np.meshgrid(
-        np.arange(heads, dtype=np.uint64),
-        np.arange(seqlen_q, dtype=np.uint64),
-        np.arange(seqlen_k, dtype=np.uint64),
-        indexing="ij",
-    )
+    row, column = np.arange(seqlen_q)[:, None], np.arange(seqlen_k)[None, :]
     r, c = row % 16, column % 32
-    lane = (r % 8) * 4 + (c % 8) // 2
-    byte = (c // 16) * 8 + ((c // 8) % 2) * 4 + (r // 8) * 2 + c % 2
-    counter = (np.uint64(batch * heads) + head) * np.uint64(32) + lane
-    row_tile, column_tile = row // 16, column // 32
-    words = _philox([counter, np.zeros_like(counter), row_tile, column_tile], [key_x, key_y])
-    word = np.choose((byte // 4).astype(np.int64), words)
-    value = (word >> (byte % 4 * 8)) & np.uint64(255)
+
+    call_row = np.arange(8 * -(-seqlen_q // 16), dtype=np.uint64)[None, :, None]
+    call_column = np.arange(4 * -(-seqlen_k // 32), dtype=np.uint64)[None, None, :]
+    lane = call_row % 8 * 4 + call_column % 4
+    row_tile, column_tile = call_row // 8, call_column // 4
+    counter = np.asarray(heads, np.uint64)[:, None, None] * np.uint64(32) + lane
+    shape = counter.shape
+    words = _philox(
+        [counter, np.zeros(shape, np.uint64), np.broadcast_to(row_tile, shape), np.broadcast_to(column_tile, shape)],
+        [key_x, key_y],
+    )
 
     hash_ = np.uint64(key_x) ^ _times(counter, 0x9E3779B9)
     hash_ = _times(hash_ ^ (hash_ >> np.uint64(16)), 0x85EBCA6B)
-    hash_ ^= (_times(row_tile, 0xC2B2AE35) + np.uint64(key_y)) & LOW_WORD
+    hash_ = hash_ ^ ((_times(row_tile, 0xC2B2AE35) + np.uint64(key_y)) & LOW_WORD)
     hash_ = _times(hash_ ^ (hash_ >> np.uint64(13)), 0x27D4EB2F)
-    hash_ ^= _times(column_tile, 0x165667B1)
+    hash_ = hash_ ^ _times(column_tile, 0x165667B1)
     hash_ = _times(hash_ ^ (hash_ >> np.uint64(15)), 0xC2B2AE35)
     keep_24 = np.uint64(int(np.floor(2.0**24 * (1.0 - dropout_p))))
     threshold = (keep_24 + (hash_ >> np.uint64(16))) >> np.uint64(16)
-    return value < threshold
+
+    byte = (c // 16) * 8 + ((c // 8) % 2) * 4 + (r // 8) * 2 + c % 2
+    call = (slice(None), row // 16 * 8 + r % 8, column // 32 * 4 + c % 8 // 2)
+    word = np.stack(words)[byte // 4, :, call[1], call[2]]  # (seqlen_q, seqlen_k, heads)
+    value = (np.moveaxis(word, -1, 0) >> (byte % 4 * 8).astype(np.uint64)) & np.uint64(255)
+    return value < threshold[call]
 
 
 # ---- one sequence: q (heads, seqlen_q, d), k and v already repeated to as many heads
@@ -239,6 +247,7 @@ def attention(
     qv: Array | None = None,
     attention_chunk: int = 0,
     dropout_key: Array | None = None,
+    dropout_heads: Array | None = None,
     cu_seqlens_q: Array | None = None,
     cu_seqlens_k: Array | None = None,
     max_seqlen_q: int | None = None,
@@ -247,7 +256,10 @@ def attention(
     seqused_k: Array | None = None,
     rounding: Rounding = exact,
 ) -> Result:
-    """Dense (batch, seq, heads, dim) or, with cu_seqlens, packed (total, heads, dim). Gradients when `dout` is given."""
+    """Dense (batch, seq, heads, dim) or, with cu_seqlens, packed (total, heads, dim). Gradients when `dout` is given.
+
+    `dropout_heads` (batch, heads) is for a call cut out of a larger one: where its heads stood there.
+    """
     q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
     joined_q, joined_k = q, k
     if qv is not None:
@@ -276,6 +288,9 @@ def attention(
     slopes = None if alibi_slopes is None else np.broadcast_to(np.asarray(alibi_slopes, np.float64), (batch, heads))
     sink = None if learnable_sink is None else np.asarray(learnable_sink, np.float64)
 
+    if dropout_heads is None:
+        dropout_heads = np.arange(batch * heads).reshape(batch, heads)
+
     out = np.zeros(q.shape[:-1] + v.shape[-1:])
     lse_rows = np.full(q.shape[:-1], -np.inf)  # heads last, as q; turned at the end
     probabilities = np.zeros(full)
@@ -302,7 +317,7 @@ def attention(
             else:
                 seen = seen & ~np.isneginf(part)
                 bias = bias + np.where(seen, part, 0.0)
-        keep = dropout_keep(dropout_key, dropout_p, b, heads, sq, sk) if dropout_p > 0 else None
+        keep = dropout_keep(dropout_key, dropout_p, dropout_heads[b], sq, sk) if dropout_p > 0 else None
         sequence = _Sequence(scale, softcap, seen, bias, sink, keep, dropout_p, rounding)
         forward = _forward(heads_first_q, heads_first_k, heads_first_v, sequence)
         out[slot_q.index] = forward.out.swapaxes(0, 1)

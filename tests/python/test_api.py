@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import inspect
 
-import flash_attn
-import flash_attn.flash_attn_mlx
 import mlx.core as mx
 import pytest
-from flash_attn import bert_padding
 from support import integers, qkv
+
+import flash_attn
+import flash_attn.flash_attn_mlx
+from flash_attn import bert_padding
 
 TAIL = {
     "dropout_p": 0.0,
@@ -137,7 +138,9 @@ def test_options_may_be_positional_in_upstreams_order(rng):
 
 def test_flash_attention_mlx_equals_flash_attn_func(rng):
     q, k, v = qkv(rng).values()
-    assert mx.array_equal(flash_attn.flash_attention_mlx(q, k, v, causal=True), flash_attn.flash_attn_func(q, k, v, causal=True))
+    assert mx.array_equal(
+        flash_attn.flash_attention_mlx(q, k, v, causal=True), flash_attn.flash_attn_func(q, k, v, causal=True)
+    )
 
 
 def test_the_route_says_where_and_why(rng, monkeypatch):

@@ -6,8 +6,9 @@ import mlx.core as mx
 import numpy as np
 import oracle
 import pytest
-from flash_attn import flash_attn_func, flash_attn_kvpacked_func, flash_attn_qkvpacked_func
 from support import DTYPES, attention, check, name_of, normal, packed_qkv, qkv, to_numpy
+
+from flash_attn import flash_attn_func, flash_attn_kvpacked_func, flash_attn_qkvpacked_func
 
 SEQLENS = [(1, 1), (1, 239), (239, 1), (17, 16), (64, 64), (113, 203), (203, 113), (257, 256)]
 HEAD_DIMS = [1, 3, 8, 31, 40, 64, 111, 128, 192, 256, 576]
@@ -71,7 +72,9 @@ def test_gradient_is_the_slope_of_the_forward(rng, options):
     direction = [rng.standard_normal(x.shape) for x in inputs]
     weight = rng.standard_normal((1, 11, 4, 8))
     values = {name: to_numpy(x) if isinstance(x, mx.array) else x for name, x in options.items()}
-    slope = directional_derivative(lambda x: float((oracle.attention(*x, **values).out * weight).sum()), inputs, direction, 1e-5)
+    slope = directional_derivative(
+        lambda x: float((oracle.attention(*x, **values).out * weight).sum()), inputs, direction, 1e-5
+    )
 
     def loss(q, k, v):
         return (attention(q, k, v, **options) * mx.array(weight.astype(np.float32))).sum()

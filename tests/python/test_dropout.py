@@ -6,8 +6,9 @@ import mlx.core as mx
 import numpy as np
 import oracle
 import pytest
-from flash_attn import flash_attn_func, flash_attn_varlen_func
 from support import DTYPES, check, digest, integers, name_of, normal, on_reference, packed_qkv, qkv, run_python, to_numpy
+
+from flash_attn import flash_attn_func, flash_attn_varlen_func
 
 KEY = mx.array([0x12345678, 0x9ABCDEF0], dtype=mx.uint32)
 NUMPY_KEY = np.array([0x12345678, 0x9ABCDEF0], np.uint32)
@@ -23,7 +24,8 @@ def kept_by_forward(batch: int, heads: int, seqlen_q: int, seqlen_k: int, dropou
 
 
 def expected_mask(batch: int, heads: int, seqlen_q: int, seqlen_k: int, dropout_p: float, key: np.ndarray) -> np.ndarray:
-    return np.stack([oracle.dropout_keep(key, dropout_p, b, heads, seqlen_q, seqlen_k) for b in range(batch)])
+    kept = oracle.dropout_keep(key, dropout_p, np.arange(batch * heads), seqlen_q, seqlen_k)
+    return kept.reshape(batch, heads, seqlen_q, seqlen_k)
 
 
 SHAPES = [(1, 1, 1, 1), (2, 3, 16, 32), (2, 2, 17, 33), (1, 2, 130, 200), (1, 1, 300, 70)]
@@ -88,7 +90,7 @@ def test_the_share_that_is_dropped_is_p(dropout_p):
     """Over keys every element's keep probability is exactly 1 - p; upstream's 8-bit threshold is off by up to 1 / 256."""
     drops, count = 0, 0
     for seed in range(40):
-        kept = oracle.dropout_keep(np.array([seed * 7919, seed], np.uint32), dropout_p, 0, 1, 128, 256)
+        kept = oracle.dropout_keep(np.array([seed * 7919, seed], np.uint32), dropout_p, np.arange(1), 128, 256)
         drops, count = drops + int((~kept).sum()), count + kept.size
     deviation = np.sqrt(dropout_p * (1 - dropout_p) / count)
     assert abs(drops / count - dropout_p) < 5 * deviation + 2.0**-24

@@ -5,6 +5,8 @@ from __future__ import annotations
 import mlx.core as mx
 import numpy as np
 import pytest
+from support import integers, run_python
+
 from flash_attn import (
     flash_attn_combine,
     flash_attn_func,
@@ -14,7 +16,6 @@ from flash_attn import (
     flash_attn_varlen_qkvpacked_func,
 )
 from flash_attn.bert_padding import pad_input, unpad_input
-from support import integers, run_python
 
 Q = mx.zeros((2, 5, 4, 8))
 K = mx.zeros((2, 7, 2, 8))
@@ -124,7 +125,7 @@ VARLEN = {
     "bounds of rank 2": ({"cu_seqlens_q": integers(0, 4, 9)[None]}, ValueError, "cu_seqlens_q"),
     "no bounds": ({"cu_seqlens_q": mx.zeros((0,), mx.int32)}, ValueError, "cu_seqlens_q"),
     "two batch sizes": ({"cu_seqlens_k": integers(0, 1, 3, 11)}, ValueError, "cu_seqlens_k"),
-    "bounds that fall": ({"cu_seqlens_q": integers(0, 9, 4)}, ValueError, "cu_seqlens_q"),
+    "bounds that fall": ({"cu_seqlens_q": integers(0, 4, 3)}, ValueError, "cu_seqlens_q"),
     "negative bounds": ({"cu_seqlens_q": integers(-1, 4, 9)}, ValueError, "cu_seqlens_q"),
     "bounds past the tensor": ({"cu_seqlens_k": integers(0, 4, 12)}, ValueError, "cu_seqlens_k"),
     "queries longer than max_seqlen": ({"max_seqlen_q": 4}, ValueError, "max_seqlen_q"),
@@ -146,7 +147,9 @@ def test_bad_packing(change, error, argument):
 
 
 def test_paged_keys_are_not_there_yet():
-    assert_refused(NotImplementedError, "block_table", flash_attn_varlen_func, *PACKED, **GOOD, block_table=integers(0, 1)[None])
+    assert_refused(
+        NotImplementedError, "block_table", flash_attn_varlen_func, *PACKED, **GOOD, block_table=integers(0, 1)[None]
+    )
 
 
 def test_unknown_arguments_are_refused():
@@ -189,7 +192,7 @@ mx.set_default_device(mx.cpu)
 x = mx.zeros((1, 4, 1, 8))
 try:
     mx.eval(flash_attn_func(x, x, x))
-except ValueError as error:
+except (ValueError, RuntimeError) as error:
     print(error)
 """
 

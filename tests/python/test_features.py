@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import itertools
-import random
-
+import combinations
 import mlx.core as mx
 import numpy as np
 import pytest
-from flash_attn import flash_attn_combine, flash_attn_func
 from support import DTYPES, check, expected, name_of, normal, packed_qkv, qkv, to_numpy
+
+from flash_attn import flash_attn_combine, flash_attn_func
 
 WINDOWS = [(0, 0), (-1, 0), (0, -1), (5, 0), (0, 5), (7, 3), (100, 100), (-1, 4), (4, -1), (2**31 - 1, 2**31 - 1), (None, 3)]
 
@@ -27,9 +26,7 @@ def test_a_window_is_literal_around_the_diagonal(rng, window_size, causal):
     arguments = qkv(rng, 2, 37, 53, 2, 1)
     literal = tuple(-1 if side is None else side for side in window_size)
     out = flash_attn_func(**arguments, window_size=window_size, causal=causal)
-    np.testing.assert_allclose(
-        to_numpy(out), expected(arguments | {"window_size": literal, "causal": causal}).out, atol=2e-5
-    )
+    np.testing.assert_allclose(to_numpy(out), expected(arguments | {"window_size": literal, "causal": causal}).out, atol=2e-5)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
@@ -147,55 +144,9 @@ def test_a_mask_view_is_read_by_its_strides(rng):
     )
 
 
-def _every_combination() -> list[dict[str, bool]]:
-    names = ("causal", "window", "softcap", "alibi", "sink", "chunk", "mask", "boolean_mask", "qv", "dropout", "seqused", "varlen")
-    return [dict(zip(names, on, strict=True)) for on in itertools.product([False, True], repeat=len(names))]
-
-
-SAMPLED = random.Random(5).sample([c for c in _every_combination() if not (c["mask"] and c["boolean_mask"])], 150)
-
-
-def _describe(combination: dict[str, bool]) -> str:
-    return "+".join(name for name, on in combination.items() if on) or "plain"
-
-
-@pytest.mark.parametrize("combination", SAMPLED, ids=_describe)
-def test_features_combine(rng, combination):
-    on = combination
-    dtype = DTYPES[int(rng.integers(3))]
-    heads, heads_k = [(4, 4), (4, 2), (6, 1)][int(rng.integers(3))]
-    dim, dim_v = [(32, 32), (40, 24), (16, 64)][int(rng.integers(3))]
-    if on["varlen"]:
-        lengths_q, lengths_k = (rng.integers(0, 45, 3).tolist() for _ in range(2))
-        lengths_q[0], lengths_k[0] = 21, 33
-        arguments = packed_qkv(rng, lengths_q, lengths_k, heads, heads_k, dim, dim_v, dtype)
-        seqlen_q, seqlen_k = max(lengths_q), max(lengths_k)
-    else:
-        seqlen_q, seqlen_k = int(rng.integers(1, 60)), int(rng.integers(1, 60))
-        lengths_q, lengths_k = [seqlen_q] * 3, [seqlen_k] * 3
-        arguments = qkv(rng, 3, seqlen_q, seqlen_k, heads, heads_k, dim, dim_v, dtype)
-    arguments["causal"] = on["causal"]
-    if on["window"]:
-        arguments["window_size"] = tuple(int(side) for side in rng.integers(-1, 30, 2))
-    if on["softcap"]:
-        arguments["softcap"] = 3.0
-    if on["alibi"]:
-        arguments["alibi_slopes"] = mx.array(rng.random((3, heads)).astype(np.float32) * 0.3)
-    if on["sink"]:
-        arguments["learnable_sink"] = normal(rng, heads)
-    if on["chunk"]:
-        arguments["attention_chunk"] = int(rng.integers(1, 40))
-    if on["mask"]:
-        arguments["attn_mask"] = normal(rng, 3, 1, seqlen_q, seqlen_k)
-    if on["boolean_mask"]:
-        arguments["attn_mask"] = mx.array(rng.random((1, heads, seqlen_q, seqlen_k)) > 0.2)
-    if on["qv"]:
-        arguments["qv"] = normal(rng, *arguments["q"].shape[:-1], dim_v, dtype=dtype)
-    if on["dropout"]:
-        arguments |= {"dropout_p": 0.17, "dropout_key": mx.array(rng.integers(0, 2**32, 2, np.uint32))}
-    if on["seqused"]:
-        arguments["seqused_k"] = mx.array(np.array([rng.integers(0, n + 1) for n in lengths_k], np.int32))
-    check(arguments, rng)
+@pytest.mark.parametrize("features", combinations.sample(150, seed=5), ids=combinations.name_of)
+def test_features_combine(rng, features):
+    check(combinations.build(rng, features), rng)
 
 
 def test_combining_partial_results_equals_attention_over_all_keys(rng):

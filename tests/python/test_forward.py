@@ -6,7 +6,6 @@ import mlx.core as mx
 import numpy as np
 import oracle
 import pytest
-from flash_attn import flash_attn_func, flash_attn_kvpacked_func, flash_attn_qkvpacked_func
 from support import (
     DTYPES,
     FORWARD_TOLERANCE,
@@ -20,6 +19,8 @@ from support import (
     representation_slack,
     to_numpy,
 )
+
+from flash_attn import flash_attn_func, flash_attn_kvpacked_func, flash_attn_qkvpacked_func
 
 SEQLENS = [(1, 1), (1, 239), (2, 1), (17, 16), (64, 64), (113, 203), (128, 217), (203, 113), (256, 257), (300, 1)]
 HEAD_DIMS = [1, 2, 3, 7, 8, 16, 31, 32, 40, 59, 64, 80, 96, 111, 128, 160, 192, 224, 256, 288, 512, 576]

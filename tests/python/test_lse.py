@@ -5,8 +5,22 @@ from __future__ import annotations
 import mlx.core as mx
 import numpy as np
 import pytest
+from support import (
+    DTYPES,
+    LSE_TOLERANCE,
+    Cotangents,
+    assert_close,
+    expected,
+    integers,
+    name_of,
+    normal,
+    packed_qkv,
+    qkv,
+    run,
+    to_numpy,
+)
+
 from flash_attn import flash_attn_func, flash_attn_varlen_func
-from support import DTYPES, LSE_TOLERANCE, Cotangents, assert_close, expected, integers, name_of, normal, packed_qkv, qkv, run, to_numpy
 
 OPTIONS = [{}, {"causal": True}, {"window_size": (5, 2)}, {"softcap": 2.0}, {"softmax_scale": 3.0}, {"attention_chunk": 9}]
 

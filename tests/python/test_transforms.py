@@ -7,8 +7,9 @@ import threading
 import mlx.core as mx
 import numpy as np
 import pytest
-from flash_attn import flash_attn_func, flash_attn_varlen_func
 from support import DTYPES, integers, name_of, normal, packed_qkv, qkv, to_numpy
+
+from flash_attn import flash_attn_func, flash_attn_varlen_func
 
 OPTIONS = [{}, {"causal": True}, {"window_size": (5, 2), "softcap": 3.0}]
 
@@ -240,3 +241,18 @@ def test_lengths_computed_in_the_graph_are_not_evaluated_by_the_call(rng):
         return flash_attn_varlen_func(arguments["q"], arguments["k"], arguments["v"], bounds, bounds, 9, 9, causal=True)
 
     close(mx.compile(function)(lengths), want)  # inside compile an evaluation would raise
+
+
+@pytest.mark.parametrize("path", ["kernel", "reference"])
+def test_vmap_of_everything_at_once_equals_a_loop(rng, monkeypatch, path):
+    monkeypatch.setenv("FLASH_ATTENTION_MLX_REF", "1" if path == "reference" else "0")
+    q, k, v = (mx.stack([x, x + 1]) for x in qkv(rng, 2, 9, 11, 4, 2, 8).values())
+    keys = mx.random.split(mx.random.key(3), 2)
+    lengths = mx.stack([integers(4, 11), integers(0, 7)])
+
+    def function(q, k, v, key, lengths):
+        return flash_attn_func(q, k, v, dropout_p=0.2, dropout_key=key, seqused_k=lengths, causal=True)
+
+    out = mx.vmap(function)(q, k, v, keys, lengths)
+    for i in range(2):
+        close(out[i], function(q[i], k[i], v[i], keys[i], lengths[i]))

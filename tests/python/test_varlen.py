@@ -5,6 +5,8 @@ from __future__ import annotations
 import mlx.core as mx
 import numpy as np
 import pytest
+from support import DTYPES, attention, check, integers, name_of, normal, on_reference, packed_qkv, to_numpy
+
 from flash_attn import (
     flash_attn_func,
     flash_attn_varlen_func,
@@ -12,7 +14,6 @@ from flash_attn import (
     flash_attn_varlen_qkvpacked_func,
 )
 from flash_attn.bert_padding import pad_input, unpad_input, unpad_input_for_concatenated_sequences
-from support import DTYPES, attention, check, integers, name_of, normal, on_reference, packed_qkv, to_numpy
 
 LENGTHS = {
     "equal": ([32, 32], [32, 32]),
@@ -84,7 +85,9 @@ def test_equal_lengths_equal_the_dense_function(rng):
     q, k, v = (normal(rng, 3, 40, 4, 32) for _ in range(3))
     bounds = integers(0, 40, 80, 120)
     packed = flash_attn_varlen_func(*(x.reshape(120, 4, 32) for x in (q, k, v)), bounds, bounds, 40, 40, causal=True)
-    np.testing.assert_allclose(np.array(packed).reshape(3, 40, 4, 32), np.array(flash_attn_func(q, k, v, causal=True)), atol=1e-6)
+    np.testing.assert_allclose(
+        np.array(packed).reshape(3, 40, 4, 32), np.array(flash_attn_func(q, k, v, causal=True)), atol=1e-6
+    )
 
 
 def test_packed_forms_equal_separate_tensors(rng):
