@@ -29,25 +29,25 @@ struct NotImplementedError : std::logic_error {
 
 /// Options of every function, upstream's names and defaults; below the line, extras.
 struct AttentionOptions {
-  double dropout_p = 0.0;                      // [0, 1); each probability is dropped with this chance, the rest scaled by 1 / (1 - p)
-  std::optional<double> softmax_scale;         // default head_dim^-0.5; with qv (head_dim + head_dim_v)^-0.5
-  bool causal = false;                         // aligned bottom-right: the last query sees every key
+  double dropout_p = 0.0;               // [0, 1); each probability is dropped with this chance, the rest scaled by 1 / (1 - p)
+  std::optional<double> softmax_scale;  // default head_dim^-0.5; with qv (head_dim + head_dim_v)^-0.5
+  bool causal = false;                  // aligned bottom-right: the last query sees every key
   std::pair<int, int> window_size = {-1, -1};  // keys left and right of the diagonal; negative: unbounded
   double softcap = 0.0;                        // scores become softcap * tanh(score / softcap); 0: off
   std::optional<mx::array> alibi_slopes;       // float32 (heads,) or (batch, heads)
   bool deterministic = false;                  // accepted; the backward always is
   bool return_attn_probs = false;              // also give S_dmask
   // ---- extras
-  std::optional<mx::array> learnable_sink;     // (heads,): exp(sink) joins the denominator
-  std::optional<mx::array> attn_mask;          // bool (true: visible) or floating (added), broadcastable to
-                                               // (batch, heads, seqlen_q, seqlen_k); varlen: max_seqlen_q, max_seqlen_k
-  std::optional<mx::array> qv;                 // (..., heads, head_dim_v): score = scale * (q.k + qv.v)
-  int attention_chunk = 0;                     // keys are visible in the query's own chunk only; 0: off
-  std::optional<mx::array> seqused_q;          // int32 (batch,): tokens in use of each sequence
+  std::optional<mx::array> learnable_sink;  // (heads,): exp(sink) joins the denominator
+  std::optional<mx::array> attn_mask;       // bool (true: visible) or floating (added), broadcastable to
+                                            // (batch, heads, seqlen_q, seqlen_k); varlen: max_seqlen_q, max_seqlen_k
+  std::optional<mx::array> qv;              // (..., heads, head_dim_v): score = scale * (q.k + qv.v)
+  int attention_chunk = 0;                  // keys are visible in the query's own chunk only; 0: off
+  std::optional<mx::array> seqused_q;       // int32 (batch,): tokens in use of each sequence
   std::optional<mx::array> seqused_k;
-  std::optional<mx::array> dropout_key;        // uint32 (2,), as mlx::core::random::key gives; needed when dropout_p > 0
-  int num_splits = 0;                          // accepted; a hint for decoding
-  bool return_softmax_lse = false;             // lse will be read: never routed to MLX's SDPA, which has none
+  std::optional<mx::array> dropout_key;  // uint32 (2,), as mlx::core::random::key gives; needed when dropout_p > 0
+  int num_splits = 0;                    // accepted; a hint for decoding
+  bool return_softmax_lse = false;       // lse will be read: never routed to MLX's SDPA, which has none
   mx::StreamOrDevice stream = {};
 };
 
@@ -61,14 +61,15 @@ struct Route {
 struct AttentionResult {
   mx::array out;      // q's shape with head_dim_v, q's dtype
   mx::array lse;      // float32, natural log, before dropout: (batch, heads, seqlen_q), varlen (heads, total_q)
-  mx::array S_dmask;  // probabilities, negative where dropped, (batch, heads, seqlen_q, seqlen_k); shape (0,) when dropout_p is 0
-                      // or return_attn_probs is false
+  mx::array S_dmask;  // probabilities, negative where dropped, (batch, heads, seqlen_q, seqlen_k); shape (0,) when dropout_p is
+                      // 0 or return_attn_probs is false
   Route route;
 };
 
 /// q (batch, seqlen_q, heads, head_dim), k (batch, seqlen_k, heads_k, head_dim), v (batch, seqlen_k, heads_k, head_dim_v);
 /// float32, bfloat16 or float16, all the same; heads a multiple of heads_k; head dims 1 to 576.
-AttentionResult flash_attn_func(const mx::array& q, const mx::array& k, const mx::array& v, const AttentionOptions& options = {});
+AttentionResult flash_attn_func(const mx::array& q, const mx::array& k, const mx::array& v,
+                                const AttentionOptions& options = {});
 
 /// qkv (batch, seqlen, 3, heads, head_dim). Reads the three as views, without a copy.
 AttentionResult flash_attn_qkvpacked_func(const mx::array& qkv, const AttentionOptions& options = {});
@@ -78,9 +79,9 @@ AttentionResult flash_attn_kvpacked_func(const mx::array& q, const mx::array& kv
 
 /// Sequences of different lengths, packed: q (total_q, heads, head_dim), k and v (total_k, heads_k, ..); sequence b owns rows
 /// [cu_seqlens[b], cu_seqlens[b + 1]), cu_seqlens int32 (batch + 1,). max_seqlen bounds every length.
-AttentionResult flash_attn_varlen_func(const mx::array& q, const mx::array& k, const mx::array& v, const mx::array& cu_seqlens_q,
-                                       const mx::array& cu_seqlens_k, int max_seqlen_q, int max_seqlen_k,
-                                       const AttentionOptions& options = {});
+AttentionResult flash_attn_varlen_func(const mx::array& q, const mx::array& k, const mx::array& v,
+                                       const mx::array& cu_seqlens_q, const mx::array& cu_seqlens_k, int max_seqlen_q,
+                                       int max_seqlen_k, const AttentionOptions& options = {});
 
 /// qkv (total, 3, heads, head_dim).
 AttentionResult flash_attn_varlen_qkvpacked_func(const mx::array& qkv, const mx::array& cu_seqlens, int max_seqlen,
@@ -91,8 +92,8 @@ AttentionResult flash_attn_varlen_kvpacked_func(const mx::array& q, const mx::ar
                                                 const mx::array& cu_seqlens_k, int max_seqlen_q, int max_seqlen_k,
                                                 const AttentionOptions& options = {});
 
-/// Merges results over disjoint keys: out_partial (splits, batch, seqlen, heads, dim) float32, lse_partial (splits, batch, seqlen,
-/// heads) float32 -> out (batch, seqlen, heads, dim) in `out_dtype` (default float32), lse (batch, seqlen, heads).
+/// Merges results over disjoint keys: out_partial (splits, batch, seqlen, heads, dim) float32, lse_partial (splits, batch,
+/// seqlen, heads) float32 -> out (batch, seqlen, heads, dim) in `out_dtype` (default float32), lse (batch, seqlen, heads).
 /// flash-attention v3's flash_attn_combine.
 std::pair<mx::array, mx::array> flash_attn_combine(const mx::array& out_partial, const mx::array& lse_partial,
                                                    std::optional<mx::Dtype> out_dtype = std::nullopt,
