@@ -3,6 +3,7 @@
 # A level's file is named after it. LEVEL_tiles has the tile shapes of LEVEL in baseline instructions: tests only.
 set(isa_flags_avx2 -mavx2 -mfma -mf16c)
 set(isa_flags_avx512 -mavx512f -mavx512bw -mavx512dq -mavx512vl ${isa_flags_avx2})
+set(isa_flags_avx512_bf16 -mavx512bf16 ${isa_flags_avx512})
 
 # Kernels compare and select on NaN and inf, so no -ffast-math; but nobody reads errno or the floating-point exception flags.
 # -Wno-psabi: vectors wider than the level's registers never cross a function boundary that is not inlined.
@@ -12,7 +13,7 @@ if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU")
 endif()
 
 if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64")
-  set(isa_levels baseline avx2 avx512)
+  set(isa_levels baseline avx2 avx512 avx512_bf16)
 elseif(CMAKE_SYSTEM_PROCESSOR MATCHES "aarch64|arm64")
   set(isa_levels baseline neon)
 else()

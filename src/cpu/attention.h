@@ -76,7 +76,7 @@ struct BackwardInputs {
   ConstTensor out, dout;
   const float* lse = nullptr;
   LseStrides lse_strides;
-  const float* dlse = nullptr;
+  const float* dlse = nullptr;  // null: zero
   LseStrides dlse_strides;
 };
 

@@ -25,10 +25,11 @@ constexpr int row_block = row_block_panels * panel_rows;
 
 // ---- rows: Q and dO of a row block in both layouts, and what else backward needs of a row
 
+// Sizes are those of float32 words.
 struct RowBlock {
-  float* q_transposed;     // [panel][head_dim][width], scaled
-  float* dout_transposed;  // [panel][head_dim_v][width]
-  float* q_panels;         // [dim panels][row_block][dim_panel]
+  float* q_transposed;     // [panel][dim words][width]
+  float* dout_transposed;  // [panel][dim_v words][width]
+  float* q_panels;         // [dim panels][row words][dim_panel]
   float* dout_panels;
   float* lse_log2;  // [row_block]
   float* delta;     // [row_block]  D
@@ -52,42 +53,70 @@ struct RowBlock {
 
 inline std::int64_t row_block_size(const AttentionProblem& problem) { return RowBlock::size(problem); }
 
-inline void prepare_row(const BackwardPass& pass, const Unit& unit, const RowPanel& panel, int lane, int row,
-                        const RowBlock& block) {
-  const AttentionProblem& problem = *pass.problem;
-  const BackwardInputs& saved = *pass.saved;
-  const auto read = [&](const ConstTensor& tensor, int dim, float* values) {
-    const std::int64_t offset = panel.offset(unit, tensor.strides, lane);
-    read_row(tensor.dtype, element(tensor.data, tensor.dtype, offset), tensor.strides.dim, dim, values);
-  };
-  float values[max_head_dim];
-  read(pass.inputs->q, problem.head_dim, values);
-  scatter_to_panels(values, problem.head_dim, block.q_panels + row * dim_panel, row_block * dim_panel);
-  float dout[max_head_dim];
-  read(saved.dout, problem.head_dim_v, dout);
-  scatter_to_panels(dout, problem.head_dim_v, block.dout_panels + row * dim_panel, row_block * dim_panel);
-
-  read(saved.out, problem.head_dim_v, values);
-  float delta = 0.0f;
-  for (int d = 0; d < problem.head_dim_v; ++d) delta += dout[d] * values[d];
-  const float lse = saved.lse[panel.offset(unit, saved.lse_strides, lane)];
-  // A row without keys has only masked scores: any finite lse makes their probabilities 0.
-  block.lse_log2[row] = lse == -__builtin_inff() ? 0.0f : lse * log2_e;
-  block.delta[row] = delta - saved.dlse[panel.offset(unit, saved.dlse_strides, lane)];
+// By its range, or by what attn_mask left of it.
+inline bool sees_keys(const BackwardInputs& saved, const Unit& unit, const RowPanel& panel, int lane) {
+  return panel.key_begin[lane] < panel.key_end[lane] &&
+         saved.lse[panel.offset(unit, saved.lse_strides, lane)] != -__builtin_inff();
 }
 
+// The panel's rows from `lane` on that make one word, [per_word][padded_head_dim]; zeros after the last dim, after the last row
+// and in a row without a key, whose NaN must not leave it as 0 * NaN.
+template <class Operand>
+inline void read_word_of_rows(const BackwardInputs& saved, const RowPanel& panel, const Unit& unit, const ConstTensor& tensor,
+                              int lane, int dim, float* rows) {
+  std::memset(rows, 0, sizeof(float) * Operand::per_word * padded_head_dim);
+  for (int i = 0; i < Operand::per_word && lane + i < panel.rows; ++i) {
+    if (!sees_keys(saved, unit, panel, lane + i)) continue;
+    const std::int64_t offset = panel.offset(unit, tensor.strides, lane + i);
+    read_row(tensor.dtype, element(tensor.data, tensor.dtype, offset), tensor.strides.dim, dim, rows + i * padded_head_dim);
+  }
+}
+
+// lse and D of rows lane ... of the panel; `dout` as read_word_of_rows gives it.
+template <class Operand>
+inline void prepare_statistics(const BackwardPass& pass, const Unit& unit, const RowPanel& panel, int lane, const float* dout,
+                               float* lse_log2, float* delta) {
+  const BackwardInputs& saved = *pass.saved;
+  const int dim = pass.problem->head_dim_v;
+  float out[Operand::per_word * padded_head_dim];
+  read_word_of_rows<Operand>(saved, panel, unit, saved.out, lane, dim, out);
+  for (int i = 0; i < Operand::per_word && lane + i < panel.rows; ++i) {
+    float sum = 0.0f;
+    for (int d = 0; d < dim; ++d) sum += dout[i * padded_head_dim + d] * out[i * padded_head_dim + d];
+    const float lse = saved.lse[panel.offset(unit, saved.lse_strides, lane + i)];
+    // A row without keys has only masked scores: any finite lse makes their probabilities 0.
+    lse_log2[lane + i] = lse == -__builtin_inff() ? 0.0f : lse * log2_e;
+    delta[lane + i] = sum - (saved.dlse ? saved.dlse[panel.offset(unit, saved.dlse_strides, lane + i)] : 0.0f);
+  }
+}
+
+template <class Operand>
 inline void prepare_rows(const BackwardPass& pass, const Unit& unit, std::int32_t row_begin, float* memory) {
   const AttentionProblem& problem = *pass.problem;
+  const ConstTensor& q = pass.inputs->q;
+  const ConstTensor& dout = pass.saved->dout;
   const RowBlock block(problem, memory);
+  const std::int64_t panel_stride = words<Operand>(row_block) * dim_panel;
+  float rows[Operand::per_word * padded_head_dim];
   const int row_end = min_of(row_begin + row_block, unit.packed_rows());
   for (int row = row_begin; row < row_end; row += panel_rows) {
     const RowPanel panel(problem, *pass.inputs, unit, row, row_end);
-    const int first = row - row_begin;
-    pack_transposed(panel, unit, pass.inputs->q, problem.head_dim, ScoreScale(problem).query,
-                    block.q_transposed + std::int64_t{first} * problem.head_dim);
-    pack_transposed(panel, unit, pass.saved->dout, problem.head_dim_v, 1.0f,
-                    block.dout_transposed + std::int64_t{first} * problem.head_dim_v);
-    for (int lane = 0; lane < panel.width(); ++lane) prepare_row(pass, unit, panel, lane, first + lane, block);
+    const std::int64_t first = row - row_begin;
+    pack_transposed<Operand>(panel, unit, q, problem.head_dim, block.q_transposed + first * problem.head_dim);
+    pack_transposed<Operand>(panel, unit, dout, problem.head_dim_v, block.dout_transposed + first * problem.head_dim_v);
+    for (int lane = 0; lane < panel.rows; lane += Operand::per_word) {
+      const std::int64_t word = (first + lane) / Operand::per_word * dim_panel;
+      read_word_of_rows<Operand>(*pass.saved, panel, unit, q, lane, problem.head_dim, rows);
+      scatter_to_panels<Operand>(rows, padded_head_dim, problem.head_dim, block.q_panels + word, panel_stride);
+      read_word_of_rows<Operand>(*pass.saved, panel, unit, dout, lane, problem.head_dim_v, rows);
+      scatter_to_panels<Operand>(rows, padded_head_dim, problem.head_dim_v, block.dout_panels + word, panel_stride);
+      prepare_statistics<Operand>(pass, unit, panel, lane, rows, block.lse_log2 + first, block.delta + first);
+    }
+    // The lanes that repeat the last row repeat its statistics, so that they stay finite if it does.
+    for (int lane = panel.rows; lane < panel.width(); ++lane) {
+      block.lse_log2[first + lane] = block.lse_log2[first + panel.rows - 1];
+      block.delta[first + lane] = block.delta[first + panel.rows - 1];
+    }
   }
 }
 
@@ -157,7 +186,7 @@ struct KeyBlockBuffers {
   float* dv;
   float* scores;      // [key_block][row_block]  S, P
   float* gradients;   // [key_block][row_block]  dP, dS
-  float* derivative;  // [key_block][row_block]
+  float* derivative;  // [key_block][row_block]  softcap's; then dS in words of keys
   float* mask_rows;   // [lanes][key_block]; a multiple of lanes
 
   static std::int64_t size(const AttentionProblem& problem, std::int32_t key_block) {
@@ -184,21 +213,18 @@ inline std::int64_t backward_scratch_size(const BackwardPass& pass) {
   return KeyBlockBuffers::size(*pass.problem, pass.key_block);
 }
 
+template <class Operand>
 inline void pack_key_block(const BackwardPass& pass, const Unit& unit, KeyBlock keys, const KeyBlockBuffers& buffers) {
   const AttentionProblem& problem = *pass.problem;
-  pack_rows(pass.inputs->k, unit, keys, problem.head_dim, buffers.k_rows);
-  pack_rows(pass.inputs->v, unit, keys, problem.head_dim_v, buffers.v_rows);
-  float row[max_head_dim];
-  for (int key = 0; key < keys.size; ++key) {
-    const float* k = buffers.k_rows + std::int64_t{key} * problem.head_dim;
-    // For dQ only: a row that sees a NaN in K has NaN in dS; a row that does not must not meet it as 0 * NaN.
-    for (int d = 0; d < problem.head_dim; ++d) row[d] = k[d] - k[d] == 0.0f ? k[d] : 0.0f;
-    scatter_to_panels(row, problem.head_dim, buffers.k_panels + key * dim_panel, keys.size * dim_panel);
-  }
+  pack_rows<Operand>(pass.inputs->k, unit, keys, problem.head_dim, buffers.k_rows);
+  pack_rows<Operand>(pass.inputs->v, unit, keys, problem.head_dim_v, buffers.v_rows);
+  // For dQ only: a row that sees a NaN in K has NaN in dS; a row that does not must not meet it as 0 * NaN.
+  pack_panels<Operand>(pass.inputs->k, unit, keys, problem.head_dim, buffers.k_panels,
+                       [](Vec k) { return select(k - k == 0.0f, k, Vec{}); });
 }
 
 // S^T, dP^T, then P and dS of one panel against keys [begin, begin + count) of the block, at column `column` of the tiles.
-template <int N>
+template <class Operand, int N>
 inline void panel_gradients(const BackwardPass& pass, const ScoreSteps& steps, const KeyBlockBuffers& buffers, KeyBlock keys,
                             int begin, int count, const RowPanel& panel, const RowBlock& rows, int column) {
   const AttentionProblem& problem = *pass.problem;
@@ -208,23 +234,55 @@ inline void panel_gradients(const BackwardPass& pass, const ScoreSteps& steps, c
                              buffers.gradients + first,
                              softcap ? buffers.derivative + first : nullptr};
   const ScoreContext context = {pass.inputs, ScoreScale(problem), buffers.mask_rows, keys.size, tile.softcap_derivative};
-  score_product<N>(buffers.k_rows + std::int64_t{begin} * problem.head_dim, problem.head_dim,
-                   rows.q_transposed + std::int64_t{column} * problem.head_dim, count, tile.scores.scores, row_block);
-  score_product<N>(buffers.v_rows + std::int64_t{begin} * problem.head_dim_v, problem.head_dim_v,
-                   rows.dout_transposed + std::int64_t{column} * problem.head_dim_v, count, tile.gradients, row_block);
+  const int dim_words = words<Operand>(problem.head_dim);
+  const int dim_v_words = words<Operand>(problem.head_dim_v);
+  score_product<Operand, N>(buffers.k_rows + std::int64_t{begin} * dim_words, dim_words,
+                            rows.q_transposed + std::int64_t{column} * problem.head_dim, count, context.scale.query,
+                            tile.scores.scores, row_block);
+  score_product<Operand, N>(buffers.v_rows + std::int64_t{begin} * dim_v_words, dim_v_words,
+                            rows.dout_transposed + std::int64_t{column} * problem.head_dim_v, count, 1.0f, tile.gradients,
+                            row_block);
   steps.apply(context, panel, tile.scores);
   gradient_tile(pass, panel, rows.lse_log2 + column, rows.delta + column, tile);
 }
 
+template <class Operand>
 inline void panel_gradients(const BackwardPass& pass, const ScoreSteps& steps, const KeyBlockBuffers& buffers, KeyBlock keys,
                             int begin, int count, const RowPanel& panel, const RowBlock& rows, int column) {
   switch (panel.vectors) {
     case 1:
-      return panel_gradients<1>(pass, steps, buffers, keys, begin, count, panel, rows, column);
+      return panel_gradients<Operand, 1>(pass, steps, buffers, keys, begin, count, panel, rows, column);
     case 2:
-      return panel_gradients<2>(pass, steps, buffers, keys, begin, count, panel, rows, column);
+      return panel_gradients<Operand, 2>(pass, steps, buffers, keys, begin, count, panel, rows, column);
     default:
-      return panel_gradients<3>(pass, steps, buffers, keys, begin, count, panel, rows, column);
+      return panel_gradients<Operand, 3>(pass, steps, buffers, keys, begin, count, panel, rows, column);
+  }
+}
+
+// A tile [keys][row_block] as a left operand: words of neighbouring rows, in place, for products over rows.
+template <class Operand>
+inline void pack_along_rows(float* tile, int keys, int rows) {
+  if constexpr (Operand::per_word > 1) {
+    for (int key = 0; key < keys; ++key) pack_row<Operand>(tile + key * row_block, rows, tile + key * row_block);
+  }
+}
+
+// Words of neighbouring keys, [key words][row_block], for the product over keys. float32 needs no other form.
+template <class Operand>
+inline const float* pack_along_keys(const float* tile, int keys, float* packed) {
+  if constexpr (Operand::per_word == 1) {
+    return tile;
+  } else {
+    for (int word = 0; word < keys / Operand::per_word; ++word) {
+      for (int column = 0; column < row_block; column += lanes) {
+        Vec neighbours[Operand::per_word];
+        for (int i = 0; i < Operand::per_word; ++i) {
+          neighbours[i] = load(tile + (word * Operand::per_word + i) * row_block + column);
+        }
+        store(packed + word * row_block + column, Operand::word(neighbours));
+      }
+    }
+    return packed;
   }
 }
 
@@ -237,7 +295,7 @@ inline void wait_for_turn(const std::int32_t* turn, std::int32_t mine) {
 inline void write_key_gradients(const Tensor& tensor, const Unit& unit, KeyBlock keys, int dim, float scale,
                                 const float* panels) {
   if (!tensor.data) return;
-  float row[max_head_dim + dim_panel];
+  float row[padded_head_dim];
   for (int i = 0; i < min_of(keys.size, unit.sequence.k.length - keys.begin); ++i) {
     for (int p = 0; p < panels_of(dim); ++p) {
       const float* source = panels + (std::int64_t{p} * keys.size + i) * dim_panel;
@@ -250,6 +308,7 @@ inline void write_key_gradients(const Tensor& tensor, const Unit& unit, KeyBlock
   }
 }
 
+template <class Operand>
 inline void backward_keys(const BackwardPass& pass, const BackwardTask& task, float* scratch) {
   const AttentionProblem& problem = *pass.problem;
   const Unit& unit = *task.unit;
@@ -258,44 +317,50 @@ inline void backward_keys(const BackwardPass& pass, const BackwardTask& task, fl
   const ScoreSteps steps(problem, *pass.inputs);
   const int k_panels = panels_of(problem.head_dim);
   const int v_panels = panels_of(problem.head_dim_v);
-  const std::int64_t key_panel_stride = std::int64_t{keys.size} * dim_panel;
-  const std::int64_t row_panel_stride = row_block * dim_panel;
+  const std::int64_t gradient_stride = std::int64_t{keys.size} * dim_panel;
+  const std::int64_t key_stride = std::int64_t{words<Operand>(keys.size)} * dim_panel;
+  const std::int64_t row_stride = words<Operand>(row_block) * dim_panel;
   constexpr int M = value_rows<3>;
 
-  pack_key_block(pass, unit, keys, buffers);
-  std::memset(buffers.dk, 0, sizeof(float) * static_cast<std::size_t>(k_panels * key_panel_stride));
-  std::memset(buffers.dv, 0, sizeof(float) * static_cast<std::size_t>(v_panels * key_panel_stride));
+  pack_key_block<Operand>(pass, unit, keys, buffers);
+  std::memset(buffers.dk, 0, sizeof(float) * static_cast<std::size_t>(k_panels * gradient_stride));
+  std::memset(buffers.dv, 0, sizeof(float) * static_cast<std::size_t>(v_panels * gradient_stride));
 
   for (int row_begin = 0, index = 0; row_begin < unit.packed_rows(); row_begin += row_block, ++index) {
-    const int row_end = min_of(row_begin + row_block, unit.packed_rows());
-    const KeyRange seen = visible_keys_of_packed_rows(unit, row_begin, row_end);
+    const int row_count = min_of(row_block, unit.packed_rows() - row_begin);
+    const KeyRange seen = visible_keys_of_packed_rows(unit, row_begin, row_begin + row_count);
     const int begin = max_of(seen.begin - keys.begin, 0) / tile_keys * tile_keys;
     const int end = min_of(round_up(seen.end - keys.begin, tile_keys), keys.size);
     if (seen.begin >= seen.end || begin >= end) continue;
+    const int count = end - begin;
+    const std::int64_t first = std::int64_t{begin} * row_block;
 
     const RowBlock rows(problem, task.rows + index * pass.row_block_size);
-    for (int row = row_begin; row < row_end; row += panel_rows) {
-      const RowPanel panel(problem, *pass.inputs, unit, row, row_end);
-      panel_gradients(pass, steps, buffers, keys, begin, end - begin, panel, rows, row - row_begin);
+    for (int column = 0; column < row_count; column += panel_rows) {
+      const RowPanel panel(problem, *pass.inputs, unit, row_begin + column, row_begin + row_count);
+      panel_gradients<Operand>(pass, steps, buffers, keys, begin, count, panel, rows, column);
       if (problem.softcap > 0) {
-        const std::int64_t first = std::int64_t{begin} * row_block + row - row_begin;
-        multiply_softcap_derivative(
-            panel,
-            {{buffers.scores + first, row_block, end - begin, 0}, buffers.gradients + first, buffers.derivative + first});
+        multiply_softcap_derivative(panel, {{buffers.scores + first + column, row_block, count, 0},
+                                            buffers.gradients + first + column,
+                                            buffers.derivative + first + column});
       }
     }
 
-    const float* p = buffers.scores + std::int64_t{begin} * row_block;
-    const float* ds = buffers.gradients + std::int64_t{begin} * row_block;
-    const std::int64_t first_key = std::int64_t{begin} * dim_panel;
-    panel_product<M>(p, row_block, 1, rows.dout_panels, row_panel_stride, row_end - row_begin, end - begin, v_panels,
-                     buffers.dv + first_key, key_panel_stride);
-    panel_product<M>(ds, row_block, 1, rows.q_panels, row_panel_stride, row_end - row_begin, end - begin, k_panels,
-                     buffers.dk + first_key, key_panel_stride);
+    float* p = buffers.scores + first;
+    float* ds = buffers.gradients + first;
+    const float* ds_by_keys = pack_along_keys<Operand>(ds, count, buffers.derivative);
+    pack_along_rows<Operand>(p, count, row_count);
+    pack_along_rows<Operand>(ds, count, row_count);
+    const int row_words = words<Operand>(row_count);
+    panel_product<Operand, M>(p, row_block, 1, rows.dout_panels, row_stride, row_words, count, v_panels,
+                              buffers.dv + std::int64_t{begin} * dim_panel, gradient_stride);
+    panel_product<Operand, M>(ds, row_block, 1, rows.q_panels, row_stride, row_words, count, k_panels,
+                              buffers.dk + std::int64_t{begin} * dim_panel, gradient_stride);
     if (!task.dq) continue;
     if (task.dq_turns) wait_for_turn(task.dq_turns + index, task.block);
-    panel_product<M>(ds, 1, row_block, buffers.k_panels + first_key, key_panel_stride, end - begin,
-                     round_up(row_end - row_begin, M), k_panels, task.dq + index * pass.dq_block_size, row_panel_stride);
+    panel_product<Operand, M>(ds_by_keys, 1, row_block, buffers.k_panels + std::int64_t{begin / Operand::per_word} * dim_panel,
+                              key_stride, count / Operand::per_word, round_up(row_count, M), k_panels,
+                              task.dq + index * pass.dq_block_size, row_block * dim_panel);
     if (task.dq_turns) __atomic_store_n(task.dq_turns + index, task.block + 1, __ATOMIC_RELEASE);
   }
   write_key_gradients(pass.gradients->dk, unit, keys, problem.head_dim, problem.softmax_scale, buffers.dk);
@@ -311,7 +376,7 @@ inline std::int64_t dq_block_size(const AttentionProblem& problem) {
 inline void write_query_gradients(const BackwardPass& pass, const Unit& unit, std::int32_t row_begin, const float* dq) {
   const AttentionProblem& problem = *pass.problem;
   const Tensor& tensor = pass.gradients->dq;
-  float values[max_head_dim + dim_panel];
+  float values[padded_head_dim];
   const int row_end = min_of(row_begin + row_block, unit.packed_rows());
   for (int row = row_begin; row < row_end; row += panel_rows) {
     const RowPanel panel(problem, *pass.inputs, unit, row, row_end);

@@ -10,7 +10,6 @@ namespace flash_attn::cpu::FA_LEVEL {
 namespace {
 
 using Half = std::uint16_t __attribute__((vector_size(FA_VECTOR_BYTES / 2)));
-using UnalignedHalf = std::uint16_t __attribute__((vector_size(FA_VECTOR_BYTES / 2), aligned(2), may_alias));
 
 FA_INLINE Vec from_bfloat16(Half x) { return reinterpret_cast<Vec>(__builtin_convertvector(x, UVec) << 16); }
 
@@ -58,7 +57,8 @@ FA_INLINE Half to_float16(Vec x) {
 }
 
 FA_INLINE Vec load_as(DType dtype, const std::uint16_t* p) {
-  const Half bits = *reinterpret_cast<const UnalignedHalf*>(p);
+  Half bits;
+  __builtin_memcpy(&bits, p, sizeof(bits));
   return dtype == DType::bfloat16 ? from_bfloat16(bits) : from_float16(bits);
 }
 
@@ -116,7 +116,7 @@ inline void write_row(DType dtype, void* dst, std::int64_t stride, int n, const 
     std::memcpy(values, src + i, static_cast<std::size_t>(count) * sizeof(float));
     const Half bits = dtype == DType::bfloat16 ? to_bfloat16(load(values)) : to_float16(load(values));
     if (stride == 1 && count == lanes) {
-      *reinterpret_cast<UnalignedHalf*>(p + i) = bits;
+      __builtin_memcpy(p + i, &bits, sizeof(bits));
     } else {
       for (int lane = 0; lane < count; ++lane) p[(i + lane) * stride] = bits[lane];
     }

@@ -18,7 +18,7 @@ namespace {
 constexpr int task_panels = 4;            // panels of rows that share a key block while it is in cache
 constexpr int overhang_keys = tile_keys;  // a score tile may compute this many keys past the end; their scores are ignored
 
-// ---- packing: K [key block + overhang][head_dim], V [dim panels][key block][dim_panel], float32
+// ---- packing: K [key block + overhang][dim words], V [dim panels][key words][dim_panel]; sizes are those of float32
 
 inline std::int64_t packed_keys_size(const AttentionProblem& problem, std::int32_t key_block) {
   return std::int64_t{key_block + overhang_keys} * problem.head_dim;
@@ -28,11 +28,13 @@ inline std::int64_t packed_block_size(const AttentionProblem& problem, std::int3
   return packed_keys_size(problem, key_block) + std::int64_t{key_block} * round_up(problem.head_dim_v, dim_panel);
 }
 
+template <class Operand>
 inline void pack_keys_values(const ForwardPass& pass, const Unit& unit, std::int32_t block, float* packed) {
   const AttentionProblem& problem = *pass.problem;
   const KeyBlock keys = {block * pass.key_block, pass.key_block};
-  pack_rows(pass.inputs->k, unit, keys, problem.head_dim, packed);
-  pack_panels(pass.inputs->v, unit, keys, problem.head_dim_v, packed + packed_keys_size(problem, pass.key_block));
+  pack_rows<Operand>(pass.inputs->k, unit, keys, problem.head_dim, packed);
+  pack_panels<Operand>(pass.inputs->v, unit, keys, problem.head_dim_v, packed + packed_keys_size(problem, pass.key_block),
+                       [](Vec v) { return v; });
 }
 
 // ---- online softmax
@@ -66,7 +68,7 @@ inline void softmax_tile(const ScoreTile& tile, float* m, float* l, float* alpha
 // ---- a panel of rows
 
 struct PanelState {
-  float* q_transposed;  // [head_dim][width], scaled
+  float* q_transposed;  // [dim words][width]
   float* o;             // [width][dims]
   alignas(64) float m[panel_rows];
   alignas(64) float l[panel_rows];
@@ -91,19 +93,38 @@ struct BlockContext {
   float* tile;  // S, then P
 };
 
-template <int N>
+// P [keys][width] as the left operand of P V: words of neighbouring keys, [key words][width], in place.
+template <class Operand>
+inline void pack_probabilities(const ScoreTile& tile) {
+  if constexpr (Operand::per_word > 1) {
+    for (int word = 0; word < words<Operand>(tile.keys); ++word) {
+      for (int column = 0; column < tile.stride; column += lanes) {
+        Vec neighbours[Operand::per_word] = {};
+        for (int i = 0; i < Operand::per_word && word * Operand::per_word + i < tile.keys; ++i) {
+          neighbours[i] = load(tile.scores + (word * Operand::per_word + i) * tile.stride + column);
+        }
+        store(tile.scores + word * tile.stride + column, Operand::word(neighbours));
+      }
+    }
+  }
+}
+
+template <class Operand, int N>
 inline void attend(const BlockContext& block, const RowPanel& panel, PanelState& state) {
   const AttentionProblem& problem = *block.pass->problem;
-  const int begin = max_of(panel.some.begin - block.key_begin, 0);
+  // From a whole word on; a key before the first visible one is masked.
+  const int begin = max_of(panel.some.begin - block.key_begin, 0) / Operand::per_word * Operand::per_word;
   const int end = min_of(panel.some.end - block.key_begin, block.pass->key_block);
   if (begin >= end) return;
+  const int dim_words = words<Operand>(problem.head_dim);
   const ScoreTile tile = {block.tile, N * lanes, end - begin, block.key_begin + begin};
-  const float* k = block.packed + std::int64_t{begin} * problem.head_dim;
-  const float* v = block.packed + packed_keys_size(problem, block.pass->key_block) + std::int64_t{begin} * dim_panel;
-  const std::int64_t v_panel_stride = std::int64_t{block.pass->key_block} * dim_panel;
+  const float* k = block.packed + std::int64_t{begin} * dim_words;
+  const float* v =
+      block.packed + packed_keys_size(problem, block.pass->key_block) + std::int64_t{begin / Operand::per_word} * dim_panel;
+  const std::int64_t v_panel_stride = std::int64_t{words<Operand>(block.pass->key_block)} * dim_panel;
   alignas(64) float alpha[panel_rows];
 
-  score_product<N>(k, problem.head_dim, state.q_transposed, tile.keys, tile.scores, tile.stride);
+  score_product<Operand, N>(k, dim_words, state.q_transposed, tile.keys, block.scores.scale.query, tile.scores, tile.stride);
   block.steps->apply(block.scores, panel, tile);
   softmax_tile<N>(tile, state.m, state.l, alpha);
   if (problem.has_dropout) {
@@ -112,8 +133,9 @@ inline void attend(const BlockContext& block, const RowPanel& panel, PanelState&
       store(p, from_bits(bits_of(load(p)) & keep));
     });
   }
-  value_product<N>(tile.scores, tile.keys, v, v_panel_stride, round_up(problem.head_dim_v, dim_panel) / dim_panel, alpha,
-                   state.o);
+  pack_probabilities<Operand>(tile);
+  value_product<Operand, N>(tile.scores, words<Operand>(tile.keys), v, v_panel_stride, panels_of(problem.head_dim_v), alpha,
+                            state.o);
 }
 
 // O / l and lse to the caller's arrays. A row that saw nothing gives 0 and -inf.
@@ -144,6 +166,7 @@ inline std::int64_t forward_scratch_size(const ForwardPass& pass) {
   return mask_rows + tile + task_panels * panel_rows * (dim + dims_v);
 }
 
+template <class Operand>
 inline void forward_rows(const ForwardPass& pass, const ForwardTask& task, float* scratch) {
   const AttentionProblem& problem = *pass.problem;
   const AttentionInputs& inputs = *pass.inputs;
@@ -167,7 +190,7 @@ inline void forward_rows(const ForwardPass& pass, const ForwardTask& task, float
     panel = RowPanel(problem, inputs, unit, row, task.row_end);
     state.q_transposed = take(std::int64_t{panel_rows} * problem.head_dim);
     state.o = take(std::int64_t{panel_rows} * dims_v);
-    pack_transposed(panel, unit, inputs.q, problem.head_dim, scale.query, state.q_transposed);
+    pack_transposed<Operand>(panel, unit, inputs.q, problem.head_dim, state.q_transposed);
     start_panel(panel, inputs, std::int64_t{panel.width()} * dims_v, state);
     some = {min_of(some.begin, panel.some.begin), max_of(some.end, panel.some.end)};
   }
@@ -182,13 +205,13 @@ inline void forward_rows(const ForwardPass& pass, const ForwardTask& task, float
     for (int i = 0; i < panel_count; ++i) {
       switch (panels[i].vectors) {
         case 1:
-          attend<1>(context, panels[i], states[i]);
+          attend<Operand, 1>(context, panels[i], states[i]);
           break;
         case 2:
-          attend<2>(context, panels[i], states[i]);
+          attend<Operand, 2>(context, panels[i], states[i]);
           break;
         default:
-          attend<3>(context, panels[i], states[i]);
+          attend<Operand, 3>(context, panels[i], states[i]);
           break;
       }
     }

@@ -19,6 +19,7 @@ std::vector<const Kernels*> runnable_levels() {
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");  // and F16C, which came first
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  if (avx512 && __builtin_cpu_supports("avx512bf16")) levels.push_back(&avx512_bf16_kernels);
   if (avx512) levels.push_back(&avx512_kernels);
   if (avx2) levels.push_back(&avx2_kernels);
 #elif defined(__aarch64__)
@@ -28,6 +29,7 @@ std::vector<const Kernels*> runnable_levels() {
 #if defined(FLASH_ATTN_TILE_LEVELS)
   levels.push_back(&avx2_tiles_kernels);
   levels.push_back(&avx512_tiles_kernels);
+  levels.push_back(&avx512_bf16_tiles_kernels);
 #endif
   return levels;
 }

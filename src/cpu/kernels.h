@@ -9,8 +9,8 @@
 
 namespace flash_attn::cpu {
 
-// K and V of a unit, packed in float32 one block of keys after the other: K [keys][head_dim], then V [dim panels][keys][panel],
-// zero where no query of the sequence looks.
+// K and V of a unit, packed one block of keys after the other: K [keys][head_dim], then V [dim panels][keys][panel], zero
+// where no query of the sequence looks.
 struct ForwardPass {
   const AttentionProblem* problem;
   const AttentionInputs* inputs;
@@ -84,9 +84,11 @@ struct Kernels {
 extern const Kernels baseline_kernels;
 extern const Kernels avx2_kernels;
 extern const Kernels avx512_kernels;
+extern const Kernels avx512_bf16_kernels;
 extern const Kernels neon_kernels;
 // The tile shapes of a level in baseline instructions: their logic is tested on machines that lack the level.
 extern const Kernels avx2_tiles_kernels;
 extern const Kernels avx512_tiles_kernels;
+extern const Kernels avx512_bf16_tiles_kernels;
 
 }  // namespace flash_attn::cpu

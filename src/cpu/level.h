@@ -12,26 +12,55 @@
 #define FA_STRING(a) FA_STRING_(a)
 
 namespace flash_attn::cpu {
+namespace FA_LEVEL {
+namespace {
+
+// The kernel of the operand that suits the problem's dtype.
+#if FA_BFLOAT16_DOT
+#define FA_CHOOSE_OPERAND(kernel, problem, ...) \
+  ((problem)->dtype == DType::bfloat16 ? kernel<Bfloat16Operand>(__VA_ARGS__) : kernel<Float32Operand>(__VA_ARGS__))
+#else
+#define FA_CHOOSE_OPERAND(kernel, problem, ...) kernel<Float32Operand>(__VA_ARGS__)
+#endif
+
+void run_pack_keys_values(const ForwardPass& pass, const Unit& unit, std::int32_t block, float* packed) {
+  FA_CHOOSE_OPERAND(pack_keys_values, pass.problem, pass, unit, block, packed);
+}
+void run_forward_rows(const ForwardPass& pass, const ForwardTask& task, float* scratch) {
+  FA_CHOOSE_OPERAND(forward_rows, pass.problem, pass, task, scratch);
+}
+void run_prepare_rows(const BackwardPass& pass, const Unit& unit, std::int32_t row_begin, float* rows) {
+  FA_CHOOSE_OPERAND(prepare_rows, pass.problem, pass, unit, row_begin, rows);
+}
+void run_backward_keys(const BackwardPass& pass, const BackwardTask& task, float* scratch) {
+  FA_CHOOSE_OPERAND(backward_keys, pass.problem, pass, task, scratch);
+}
+void run_add_mask_gradient(const BackwardPass& pass, const MaskGradientTask& task, float* scratch) {
+  FA_CHOOSE_OPERAND(add_mask_gradient, pass.problem, pass, task, scratch);
+}
+
+}  // namespace
+}  // namespace FA_LEVEL
 
 const Kernels FA_JOIN(FA_LEVEL, _kernels) = {
-    FA_STRING(FA_LEVEL),
-    FA_LEVEL::panel_rows,
-    FA_LEVEL::dim_panel,
-    FA_LEVEL::tile_keys,
-    FA_LEVEL::row_block,
-    FA_LEVEL::packed_block_size,
-    FA_LEVEL::pack_keys_values,
-    FA_LEVEL::forward_scratch_size,
-    FA_LEVEL::forward_rows,
-    FA_LEVEL::row_block_size,
-    FA_LEVEL::dq_block_size,
-    FA_LEVEL::backward_scratch_size,
-    FA_LEVEL::prepare_rows,
-    FA_LEVEL::add_sink_gradient,
-    FA_LEVEL::backward_keys,
-    FA_LEVEL::write_query_gradients,
-    FA_LEVEL::mask_gradient_scratch_size,
-    FA_LEVEL::add_mask_gradient,
+    .name = FA_STRING(FA_LEVEL),
+    .panel_rows = FA_LEVEL::panel_rows,
+    .dim_panel = FA_LEVEL::dim_panel,
+    .tile_keys = FA_LEVEL::tile_keys,
+    .row_block = FA_LEVEL::row_block,
+    .packed_block_size = FA_LEVEL::packed_block_size,
+    .pack_keys_values = FA_LEVEL::run_pack_keys_values,
+    .forward_scratch_size = FA_LEVEL::forward_scratch_size,
+    .forward_rows = FA_LEVEL::run_forward_rows,
+    .row_block_size = FA_LEVEL::row_block_size,
+    .dq_block_size = FA_LEVEL::dq_block_size,
+    .backward_scratch_size = FA_LEVEL::backward_scratch_size,
+    .prepare_rows = FA_LEVEL::run_prepare_rows,
+    .add_sink_gradient = FA_LEVEL::add_sink_gradient,
+    .backward_keys = FA_LEVEL::run_backward_keys,
+    .write_query_gradients = FA_LEVEL::write_query_gradients,
+    .mask_gradient_scratch_size = FA_LEVEL::mask_gradient_scratch_size,
+    .add_mask_gradient = FA_LEVEL::run_add_mask_gradient,
 };
 
 }  // namespace flash_attn::cpu

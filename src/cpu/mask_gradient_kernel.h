@@ -12,6 +12,7 @@ inline std::int64_t mask_gradient_scratch_size(const BackwardPass& pass) {
 }
 
 // Adds dS of one row block against one key block to task.dmask.
+template <class Operand>
 inline void add_mask_gradient(const BackwardPass& pass, const MaskGradientTask& task, float* scratch) {
   const AttentionProblem& problem = *pass.problem;
   const Unit& unit = *task.unit;
@@ -25,14 +26,14 @@ inline void add_mask_gradient(const BackwardPass& pass, const MaskGradientTask& 
   const KeyBlockBuffers buffers(problem, pass.key_block, scratch + pass.row_block_size);
   const RowBlock rows(problem, scratch);
   const ScoreSteps steps(problem, *pass.inputs);
-  prepare_rows(pass, unit, task.row_begin, scratch);
-  pack_rows(pass.inputs->k, unit, keys, problem.head_dim, buffers.k_rows);
-  pack_rows(pass.inputs->v, unit, keys, problem.head_dim_v, buffers.v_rows);
+  prepare_rows<Operand>(pass, unit, task.row_begin, scratch);
+  pack_rows<Operand>(pass.inputs->k, unit, keys, problem.head_dim, buffers.k_rows);
+  pack_rows<Operand>(pass.inputs->v, unit, keys, problem.head_dim_v, buffers.v_rows);
   const int last = min_of(end, unit.sequence.k.length - keys.begin);
   for (int row = task.row_begin; row < row_end; row += panel_rows) {
     const RowPanel panel(problem, *pass.inputs, unit, row, row_end);
     const int column = row - task.row_begin;
-    panel_gradients(pass, steps, buffers, keys, begin, end - begin, panel, rows, column);
+    panel_gradients<Operand>(pass, steps, buffers, keys, begin, end - begin, panel, rows, column);
     for (int lane = 0; lane < panel.rows; ++lane) {
       float* destination = task.dmask + panel.query[lane] * task.row_stride;
       for (int key = begin; key < last; ++key) {

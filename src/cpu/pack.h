@@ -1,10 +1,11 @@
-// Packing: the caller's strided rows of any dtype to the float32 layouts that the products read.
+// Packing: the caller's strided rows of any dtype to the layouts that the products read.
 //
-//   rows        [row][dim]                   elements are broadcast
-//   transposed  [dim][rows of the panel]     read along the lanes, rows in lanes
-//   panels      [dim panel][row][dim_panel]  read along the lanes, head dims in lanes; dims padded with 0
+//   rows        [row][dim words]                  words are broadcast
+//   transposed  [dim words][rows of the panel]    read along the lanes, rows in lanes
+//   panels      [dim panel][row words][dim_panel] read along the lanes, head dims in lanes; dims padded with 0
 #pragma once
 
+#include "cpu/operand.h"
 #include "cpu/row_panel.h"
 
 namespace flash_attn::cpu::FA_LEVEL {
@@ -12,30 +13,37 @@ namespace {
 
 constexpr int panels_of(int dim) { return round_up(dim, dim_panel) / dim_panel; }
 
-// [dim][width] = the panel's rows of `tensor` times `scale`, transposed.
-inline void pack_transposed(const RowPanel& panel, const Unit& unit, const ConstTensor& tensor, int dim, float scale,
-                            float* packed) {
+// [dim words][width] = the panel's rows of `tensor`, transposed.
+template <class Operand>
+inline void pack_transposed(const RowPanel& panel, const Unit& unit, const ConstTensor& tensor, int dim, float* packed) {
   constexpr std::int64_t stride = max_head_dim;
   float rows[lanes * stride];
   for (int v = 0; v < panel.vectors; ++v) {
     for (int lane = 0; lane < lanes; ++lane) {
       const std::int64_t offset = panel.offset(unit, tensor.strides, v * lanes + lane);
-      read_row(tensor.dtype, element(tensor.data, tensor.dtype, offset), tensor.strides.dim, dim, rows + lane * stride);
+      float* row = rows + lane * stride;
+      read_row(tensor.dtype, element(tensor.data, tensor.dtype, offset), tensor.strides.dim, dim, row);
+      pack_row<Operand>(row, dim, row);
     }
-    visit_columns(rows, stride, dim, [&](int d, Vec column) { store(packed + d * panel.width() + v * lanes, column * scale); });
+    visit_columns(rows, stride, words<Operand>(dim),
+                  [&](int d, Vec column) { store(packed + d * panel.width() + v * lanes, column); });
   }
 }
 
-// One row of panels from `dim` contiguous floats.
-inline void scatter_to_panels(const float* row, int dim, float* panels, std::int64_t panel_stride) {
+// One row of words of panels from rows[per_word][stride], whose dims past `dim` are 0 up to a whole panel.
+template <class Operand>
+inline void scatter_to_panels(const float* rows, std::int64_t stride, int dim, float* panels, std::int64_t panel_stride) {
   for (int d = 0; d < dim; d += dim_panel, panels += panel_stride) {
-    if (d + dim_panel <= dim) {
-      for (int n = 0; n < dim_vectors; ++n) store(panels + n * lanes, load(row + d + n * lanes));
-    } else {
-      for (int i = 0; i < dim_panel; ++i) panels[i] = d + i < dim ? row[d + i] : 0.0f;
+    for (int n = 0; n < dim_vectors; ++n) {
+      Vec neighbours[Operand::per_word];
+      for (int i = 0; i < Operand::per_word; ++i) neighbours[i] = load(rows + i * stride + d + n * lanes);
+      store(panels + n * lanes, Operand::word(neighbours));
     }
   }
 }
+
+// Room for a row of any head dim and the zeros that fill its last panel.
+constexpr int padded_head_dim = max_head_dim + dim_panel;
 
 // Keys of a unit's sequence, from position `begin` on.
 struct KeyBlock {
@@ -43,12 +51,13 @@ struct KeyBlock {
   std::int32_t size;
 };
 
-// A slot that no query of the sequence sees reads as 0, so that 0 * NaN cannot leave it.
+// A slot that no query of the sequence sees reads as 0, so that 0 * NaN cannot leave it. Zeros follow the row up to a whole
+// panel.
 inline void read_key(const ConstTensor& tensor, const Unit& unit, std::int32_t key, KeyRange seen, int dim, float* row) {
-  if (key < seen.begin || key >= seen.end) {
-    std::memset(row, 0, static_cast<std::size_t>(dim) * sizeof(float));
-    return;
-  }
+  const bool visible = key >= seen.begin && key < seen.end;
+  const int first_zero = visible ? dim : 0;
+  std::memset(row + first_zero, 0, static_cast<std::size_t>(round_up(dim, dim_panel) - first_zero) * sizeof(float));
+  if (!visible) return;
   const std::int64_t offset = unit.batch * tensor.strides.batch +
                               (unit.sequence.k.begin + std::int64_t{key}) * tensor.strides.seq +
                               unit.kv_head * tensor.strides.head;
@@ -57,17 +66,30 @@ inline void read_key(const ConstTensor& tensor, const Unit& unit, std::int32_t k
 
 inline KeyRange keys_seen(const Unit& unit) { return visible_keys_of_rows(unit.rule, 0, unit.rule.seqlen_q); }
 
+// [keys][dim words].
+template <class Operand>
 inline void pack_rows(const ConstTensor& tensor, const Unit& unit, KeyBlock keys, int dim, float* packed) {
   const KeyRange seen = keys_seen(unit);
-  for (int i = 0; i < keys.size; ++i) read_key(tensor, unit, keys.begin + i, seen, dim, packed + std::int64_t{i} * dim);
-}
-
-inline void pack_panels(const ConstTensor& tensor, const Unit& unit, KeyBlock keys, int dim, float* packed) {
-  const KeyRange seen = keys_seen(unit);
-  float row[max_head_dim];
+  float row[padded_head_dim];
   for (int i = 0; i < keys.size; ++i) {
     read_key(tensor, unit, keys.begin + i, seen, dim, row);
-    scatter_to_panels(row, dim, packed + std::int64_t{i} * dim_panel, std::int64_t{keys.size} * dim_panel);
+    pack_row<Operand>(row, dim, packed + std::int64_t{i} * words<Operand>(dim));
+  }
+}
+
+// [dim panels][key words][dim_panel], each value through `change` first.
+template <class Operand, class Change>
+inline void pack_panels(const ConstTensor& tensor, const Unit& unit, KeyBlock keys, int dim, float* packed, Change change) {
+  const KeyRange seen = keys_seen(unit);
+  float rows[Operand::per_word * padded_head_dim];
+  for (int i = 0; i < keys.size; i += Operand::per_word) {
+    for (int n = 0; n < Operand::per_word; ++n) {
+      float* row = rows + n * padded_head_dim;
+      read_key(tensor, unit, keys.begin + i + n, seen, dim, row);
+      for (int d = 0; d < dim; d += lanes) store(row + d, change(load(row + d)));
+    }
+    scatter_to_panels<Operand>(rows, padded_head_dim, dim, packed + std::int64_t{i / Operand::per_word} * dim_panel,
+                               std::int64_t{words<Operand>(keys.size)} * dim_panel);
   }
 }
 

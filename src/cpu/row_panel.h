@@ -12,9 +12,9 @@ namespace {
 constexpr std::int32_t lowest_int = -2147483647 - 1;
 constexpr std::int32_t highest_int = 2147483647;
 
-// How a problem's scores are scaled. Scores live in log2 units; with softcap, Q is scaled so that q.k is tanh's argument.
+// How a problem's scores are scaled. Scores live in log2 units; with softcap, they are tanh's argument first.
 struct ScoreScale {
-  float query;    // what Q is multiplied by
+  float query;    // what q.k is multiplied by
   float softcap;  // what tanh is multiplied by; 0: no softcap
 
   explicit ScoreScale(const AttentionProblem& problem)

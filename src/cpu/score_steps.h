@@ -36,7 +36,7 @@ FA_INLINE void for_each_score(const RowPanel& panel, const ScoreTile& tile, Step
 
 inline Vec minus_infinity() { return from_bits(splat(static_cast<std::int32_t>(0xff800000))); }
 
-// Q is scaled so that the score is tanh's argument.
+// The score comes as tanh's argument.
 inline void softcap_step(const ScoreContext& context, const RowPanel& panel, const ScoreTile& tile) {
   const Vec softcap = splat(context.scale.softcap);
   const Vec one = splat(1.0f);

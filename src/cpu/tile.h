@@ -26,10 +26,14 @@ constexpr int lanes = FA_VECTOR_BYTES / 4;
 using Vec = float __attribute__((vector_size(FA_VECTOR_BYTES)));
 using IVec = std::int32_t __attribute__((vector_size(FA_VECTOR_BYTES)));
 using UVec = std::uint32_t __attribute__((vector_size(FA_VECTOR_BYTES)));
-using UnalignedVec = float __attribute__((vector_size(FA_VECTOR_BYTES), aligned(4), may_alias));
 
-FA_INLINE Vec load(const float* p) { return *reinterpret_cast<const UnalignedVec*>(p); }
-FA_INLINE void store(float* p, Vec x) { *reinterpret_cast<UnalignedVec*>(p) = x; }
+// Through memcpy: no alignment is promised, whatever the compiler thinks of a vector's alias.
+FA_INLINE Vec load(const float* p) {
+  Vec x;
+  __builtin_memcpy(&x, p, sizeof(x));
+  return x;
+}
+FA_INLINE void store(float* p, Vec x) { __builtin_memcpy(p, &x, sizeof(x)); }
 // x - 0 and not x + 0, which would be an addition for the sake of -0.
 FA_INLINE Vec splat(float x) { return x - Vec{}; }
 FA_INLINE IVec splat(std::int32_t x) { return x - IVec{}; }
@@ -125,26 +129,6 @@ FA_INLINE void visit_columns(const float* rows, std::int64_t stride, int columns
     transpose(block);
     const int count = columns - column < lanes ? columns - column : lanes;
     for (int i = 0; i < count; ++i) visit(column + i, block[i]);
-  }
-}
-
-// The register tile: acc[M][N vectors] += A[M][depth] * B[depth][N vectors]. Elements of A are broadcast, B is read along its
-// lanes; M * N accumulators, N vectors of B and one broadcast fill the register file.
-template <int M, int N>
-FA_INLINE void matmul_tile(Vec (&acc)[M][N], const float* a, std::int64_t a_row, std::int64_t a_depth, const float* b,
-                           std::int64_t b_depth, int depth) {
-  for (int k = 0; k < depth; ++k) {
-    Vec row[N];
-#pragma GCC unroll 16
-    for (int n = 0; n < N; ++n) row[n] = load(b + n * lanes);
-#pragma GCC unroll 16
-    for (int m = 0; m < M; ++m) {
-      const Vec element = splat(a[m * a_row]);
-#pragma GCC unroll 16
-      for (int n = 0; n < N; ++n) acc[m][n] += element * row[n];
-    }
-    a += a_depth;
-    b += b_depth;
   }
 }
 

@@ -1,0 +1,7 @@
+// AVX-512 with BF16 dot products.
+#define FA_LEVEL avx512_bf16
+#define FA_VECTOR_BYTES 64
+#define FA_VECTOR_REGISTERS 32
+#define FA_BFLOAT16_DOT 1
+
+#include "cpu/level.h"

@@ -1,0 +1,7 @@
+// The tile shapes and bfloat16 pairs of avx512_bf16 in baseline instructions.
+#define FA_LEVEL avx512_bf16_tiles
+#define FA_VECTOR_BYTES 64
+#define FA_VECTOR_REGISTERS 32
+#define FA_BFLOAT16_DOT 1
+
+#include "cpu/level.h"

@@ -1,0 +1,72 @@
+// What a packed operand of a product holds in each 32-bit word, and how two words multiply.
+//
+// Float32Operand: one float32. Bfloat16Operand: two bfloat16 neighbours along the product's depth, for chips whose dot product
+// takes pairs. Everything else (layouts, tiles, loops) is the same: a word is a word, and the depth is counted in words.
+#pragma once
+
+#include "cpu/convert.h"
+
+#if !defined(FA_BFLOAT16_DOT)  // 1: the level multiplies bfloat16 pairs
+#define FA_BFLOAT16_DOT 0
+#endif
+
+namespace flash_attn::cpu::FA_LEVEL {
+namespace {
+
+struct Float32Operand {
+  static constexpr int per_word = 1;
+
+  static FA_INLINE Vec multiply_add(Vec acc, Vec a, Vec b) { return acc + a * b; }
+  // The word of `per_word` neighbours along the depth.
+  static FA_INLINE Vec word(const Vec (&neighbours)[per_word]) { return neighbours[0]; }
+};
+
+struct Bfloat16Operand {
+  static constexpr int per_word = 2;
+
+  static FA_INLINE Vec multiply_add(Vec acc, Vec a, Vec b) {
+#if defined(__AVX512BF16__) && FA_VECTOR_BYTES == 64
+    return _mm512_dpbf16_ps(acc, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b));
+#else
+    return acc + low(a) * low(b) + high(a) * high(b);
+#endif
+  }
+
+  static FA_INLINE Vec word(const Vec (&neighbours)[per_word]) {
+    return from_bits(reinterpret_cast<IVec>((rounded(neighbours[0]) >> 16) | (rounded(neighbours[1]) & 0xffff0000u)));
+  }
+
+ private:
+  static FA_INLINE Vec low(Vec x) { return from_bits(bits_of(x) << 16); }
+  static FA_INLINE Vec high(Vec x) { return from_bits(bits_of(x) & static_cast<std::int32_t>(0xffff0000)); }
+  // To nearest even in the high half. NaN stays NaN: arithmetic makes only quiet ones, whose low bits are 0.
+  static FA_INLINE UVec rounded(Vec x) {
+    const UVec bits = reinterpret_cast<UVec>(x);
+    return bits + 0x7fffu + ((bits >> 16) & 1u);
+  }
+};
+
+template <class Operand>
+constexpr int words(int depth) {
+  return round_up(depth, Operand::per_word) / Operand::per_word;
+}
+
+// Words whose neighbours lie side by side: packed [words(n)] from row [n], zero past its end. In place allowed.
+template <class Operand>
+inline void pack_row(const float* row, int n, float* packed) {
+  if constexpr (Operand::per_word == 1) {
+    if (row != packed) std::memmove(packed, row, static_cast<std::size_t>(n) * sizeof(float));
+  } else {
+    auto* halves = reinterpret_cast<char*>(packed);
+    for (int i = 0; i < n; i += lanes) {
+      float values[lanes] = {};
+      const int count = n - i < lanes ? n - i : lanes;
+      std::memcpy(values, row + i, static_cast<std::size_t>(count) * sizeof(float));
+      const Half bits = to_bfloat16(load(values));
+      std::memcpy(halves + 2 * i, &bits, static_cast<std::size_t>(2 * round_up(count, 2)));
+    }
+  }
+}
+
+}  // namespace
+}  // namespace flash_attn::cpu::FA_LEVEL
