@@ -70,10 +70,6 @@ double dot(const double* a, const double* b, std::int32_t dim) {
   return sum;
 }
 
-void add_scaled(double* sum, double factor, const double* row, std::int32_t dim) {
-  for (std::int32_t d = 0; d < dim; ++d) sum[d] += factor * row[d];
-}
-
 Extent extent_of(const std::int32_t* cu_seqlens, const std::int32_t* seqused, std::int32_t total, std::int32_t max_seqlen,
                  std::int32_t batch, std::int32_t previous_end) {
   const std::int32_t used = seqused ? seqused[batch] : max_seqlen;
@@ -146,8 +142,16 @@ Row attend(const AttentionProblem& problem, const cpu::AttentionInputs& inputs, 
 
 std::vector<double> zeros(std::int64_t size) { return std::vector<double>(static_cast<std::size_t>(size), 0.0); }
 
-double* row_of(std::vector<double>& tensor, std::int64_t row, std::int64_t heads, std::int64_t head, std::int64_t dim) {
-  return tensor.data() + (row * heads + head) * dim;
+Sums zero_sums(std::int64_t size) { return {zeros(size), zeros(size)}; }
+
+// sums[row][head] += factor * terms
+void add_scaled(Sums& sums, std::int64_t row, std::int64_t heads, std::int64_t head, double factor, const double* terms,
+                std::int32_t dim) {
+  for (std::int32_t d = 0; d < dim; ++d) {
+    const auto index = static_cast<std::size_t>((row * heads + head) * dim + d);
+    sums.values[index] += factor * terms[d];
+    sums.magnitudes[index] += std::abs(factor * terms[d]);
+  }
 }
 
 template <class Visit>
@@ -195,17 +199,16 @@ std::int64_t key_row(const AttentionProblem& problem, const SequencePair& pair, 
 ReferenceForward reference_forward(const AttentionProblem& problem, const cpu::AttentionInputs& inputs) {
   const DenseInputs dense(problem, inputs);
   const std::int64_t rows = query_rows(problem);
-  ReferenceForward result = {zeros(rows * problem.heads_q * problem.head_dim_v),
+  ReferenceForward result = {zero_sums(rows * problem.heads_q * problem.head_dim_v),
                              std::vector<double>(static_cast<std::size_t>(rows * problem.heads_q), -infinity)};
   for_each_query(problem, inputs, [&](const SequencePair& pair, std::int32_t batch, std::int32_t head, std::int32_t i) {
     const Row row = attend(problem, inputs, dense, pair, batch, head, i);
     const std::int64_t position = query_row(problem, pair, batch, i);
-    double* out = row_of(result.out, position, problem.heads_q, head, problem.head_dim_v);
     for (const VisibleKey& visible : row.keys) {
       const double* v = dense.v.row(key_row(problem, pair, batch, visible.key), head / problem.group());
-      add_scaled(out, visible.weight * visible.probability, v, problem.head_dim_v);
+      add_scaled(result.out, position, problem.heads_q, head, visible.weight * visible.probability, v, problem.head_dim_v);
     }
-    *row_of(result.lse, position, problem.heads_q, head, 1) = row.lse;
+    result.lse[static_cast<std::size_t>(position * problem.heads_q + head)] = row.lse;
   });
   return result;
 }
@@ -218,8 +221,8 @@ ReferenceGradients reference_backward(const AttentionProblem& problem, const cpu
   const Dense saved_out = dense_queries(problem, saved.out, dim_v);
   const Dense saved_dout = dense_queries(problem, saved.dout, dim_v);
   ReferenceGradients result = {
-      zeros(query_rows(problem) * problem.heads_q * dim), zeros(key_rows(problem) * problem.heads_k * dim),
-      zeros(key_rows(problem) * problem.heads_k * dim_v), zeros(problem.heads_q),
+      zero_sums(query_rows(problem) * problem.heads_q * dim), zero_sums(key_rows(problem) * problem.heads_k * dim),
+      zero_sums(key_rows(problem) * problem.heads_k * dim_v), zeros(problem.heads_q),
       zeros(std::int64_t{shapes.dmask_batch} * shapes.dmask_heads * shapes.dmask_rows * shapes.dmask_keys)};
   const auto dmask_index = [&](std::int64_t batch, std::int64_t head, std::int64_t i, std::int64_t j) {
     std::int64_t index = shapes.dmask_batch == 1 ? 0 : batch;
@@ -240,16 +243,15 @@ ReferenceGradients reference_backward(const AttentionProblem& problem, const cpu
       delta -= saved.dlse[batch * strides.batch + head * strides.head + (pair.q.begin + i) * strides.seq];
     }
 
-    double* dq = row_of(result.dq, query, problem.heads_q, head, dim);
     for (const VisibleKey& visible : row.keys) {
       const std::int64_t key = key_row(problem, pair, batch, visible.key);
-      add_scaled(row_of(result.dv, key, problem.heads_k, kv_head, dim_v), visible.weight * visible.probability, dout, dim_v);
+      add_scaled(result.dv, key, problem.heads_k, kv_head, visible.weight * visible.probability, dout, dim_v);
       const double dp = dot(dout, dense.v.row(key, kv_head), dim_v);
       const double dscore = visible.probability * (visible.weight * dp - delta);
       if (!result.dmask.empty()) result.dmask[dmask_index(batch, head, i, visible.key)] += dscore;
       const double dproduct = problem.softmax_scale * visible.derivative * dscore;
-      add_scaled(dq, dproduct, dense.k.row(key, kv_head), dim);
-      add_scaled(row_of(result.dk, key, problem.heads_k, kv_head, dim), dproduct, q, dim);
+      add_scaled(result.dq, query, problem.heads_q, head, dproduct, dense.k.row(key, kv_head), dim);
+      add_scaled(result.dk, key, problem.heads_k, kv_head, dproduct, q, dim);
     }
     // Guarded: with neither keys nor a sink, D and dLSE reach nothing.
     if (row.sink_probability > 0.0) result.dsink[static_cast<std::size_t>(head)] -= row.sink_probability * delta;

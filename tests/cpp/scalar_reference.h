@@ -23,15 +23,21 @@ std::int64_t key_rows(const AttentionProblem& problem);
 std::int64_t query_row(const AttentionProblem& problem, const SequencePair& pair, std::int64_t batch, std::int64_t i);
 std::int64_t key_row(const AttentionProblem& problem, const SequencePair& pair, std::int64_t batch, std::int64_t j);
 
+// Sums over keys or queries.
+struct Sums {
+  std::vector<double> values;
+  std::vector<double> magnitudes;  // the same sums of the terms' absolute values, for error bounds
+};
+
 struct ReferenceForward {
-  std::vector<double> out;  // [query rows, heads_q, head_dim_v]
+  Sums out;                 // [query rows, heads_q, head_dim_v]
   std::vector<double> lse;  // [query rows, heads_q]
 };
 
 struct ReferenceGradients {
-  std::vector<double> dq;     // [query rows, heads_q, head_dim]
-  std::vector<double> dk;     // [key rows, heads_k, head_dim]
-  std::vector<double> dv;     // [key rows, heads_k, head_dim_v]
+  Sums dq;                    // [query rows, heads_q, head_dim]
+  Sums dk;                    // [key rows, heads_k, head_dim]
+  Sums dv;                    // [key rows, heads_k, head_dim_v]
   std::vector<double> dsink;  // [heads_q]
   std::vector<double> dmask;  // shaped as `Gradients` says
 };

@@ -125,7 +125,7 @@ TEST(Forward, AMaskOfTheLowestFloatWeighsItsKeysAlike) {
   const ReferenceForward reference = reference_forward(call.problem, call.inputs);
   cpu::forward(call.problem, call.inputs, call.outputs);
   const auto* out = static_cast<const float*>(call.outputs.out.data);
-  for (int i = 0; i < 3 * 4 * 4; ++i) EXPECT_NEAR(out[i], reference.out[static_cast<std::size_t>(i)], 2e-5);
+  for (int i = 0; i < 3 * 4 * 4; ++i) EXPECT_NEAR(out[i], reference.out.values[static_cast<std::size_t>(i)], 2e-5);
 }
 
 // Scores of about +-5000: the online maximum has to follow them, block after block.

@@ -28,7 +28,7 @@ double loss(const TestCall& call) {
         for (std::size_t d = 0; d < dim; ++d) {
           const std::int64_t offset =
               batch * strides.batch + row * strides.seq + head * strides.head + static_cast<std::int64_t>(d);
-          sum += read_element(call.saved.dout.data, DType::float32, offset) * forward.out[index * dim + d];
+          sum += read_element(call.saved.dout.data, DType::float32, offset) * forward.out.values[index * dim + d];
         }
         const cpu::LseStrides& lse = call.saved.dlse_strides;
         if (std::isfinite(forward.lse[index])) {
@@ -72,9 +72,9 @@ TEST_P(FiniteDifferences, AreTheReferencesGradient) {
   call.save_reference(reference_forward(call.problem, call.inputs));
   const ReferenceGradients gradients = reference_backward(call.problem, call.inputs, call.saved, call.gradients);
 
-  expect_derivatives(call, "dq", static_cast<float*>(call.q.data), gradients.dq);
-  expect_derivatives(call, "dk", static_cast<float*>(call.k.data), gradients.dk);
-  expect_derivatives(call, "dv", static_cast<float*>(call.v.data), gradients.dv);
+  expect_derivatives(call, "dq", static_cast<float*>(call.q.data), gradients.dq.values);
+  expect_derivatives(call, "dk", static_cast<float*>(call.k.data), gradients.dk.values);
+  expect_derivatives(call, "dv", static_cast<float*>(call.v.data), gradients.dv.values);
   if (features.sink) expect_derivatives(call, "dsink", call.sink, gradients.dsink);
   if (call.attn_mask.data && call.attn_mask.dtype == DType::float32) {
     auto* mask = static_cast<float*>(const_cast<void*>(call.attn_mask.data));
