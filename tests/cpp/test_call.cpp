@@ -142,9 +142,9 @@ cpu::Tensor TestCall::make_tensor(const Shape& shape, Layout layout, DType dtype
 template <class T>
 const T* TestCall::copy_small(const std::vector<T>& values) {
   static_assert(sizeof(T) == 4);
-  std::byte* data = allocate(static_cast<std::int64_t>(values.size()), DType::float32);
-  std::memcpy(data, values.data(), values.size() * sizeof(T));
-  return reinterpret_cast<const T*>(data);
+  auto* data = reinterpret_cast<T*>(allocate(static_cast<std::int64_t>(values.size()), DType::float32));
+  std::copy(values.begin(), values.end(), data);
+  return data;
 }
 
 void TestCall::make_mask(const Features& features) {
