@@ -59,58 +59,70 @@ inline bool sees_keys(const BackwardInputs& saved, const Unit& unit, const RowPa
          saved.lse[panel.offset(unit, saved.lse_strides, lane)] != -__builtin_inff();
 }
 
-// The panel's rows from `lane` on that make one word, [per_word][padded_head_dim]; zeros after the last dim, after the last row
-// and in a row without a key, whose NaN must not leave it as 0 * NaN.
+// The panel's rows from `lane` on that make one word: zeros after the last row and in a row without a key, whose NaN must not
+// leave it as 0 * NaN.
 template <class Operand>
-inline void read_word_of_rows(const BackwardInputs& saved, const RowPanel& panel, const Unit& unit, const ConstTensor& tensor,
-                              int lane, int dim, float* rows) {
-  std::memset(rows, 0, sizeof(float) * Operand::per_word * padded_head_dim);
-  for (int i = 0; i < Operand::per_word && lane + i < panel.rows; ++i) {
-    if (!sees_keys(saved, unit, panel, lane + i)) continue;
-    const std::int64_t offset = panel.offset(unit, tensor.strides, lane + i);
-    read_row(tensor.dtype, element(tensor.data, tensor.dtype, offset), tensor.strides.dim, dim, rows + i * padded_head_dim);
+struct WordOfRows {
+  const float* rows[Operand::per_word];
+  float buffers[Operand::per_word][padded_head_dim];
+
+  WordOfRows(const BackwardInputs& saved, const RowPanel& panel, const Unit& unit, const ConstTensor& tensor, int lane,
+             int dim) {
+    for (int i = 0; i < Operand::per_word; ++i) {
+      rows[i] = buffers[i];
+      if (lane + i < panel.rows && sees_keys(saved, unit, panel, lane + i)) {
+        rows[i] = view_row(tensor, panel.offset(unit, tensor.strides, lane + i), dim, buffers[i]);
+      } else {
+        std::memset(buffers[i], 0, sizeof(float) * static_cast<std::size_t>(round_up(dim, dim_panel)));
+      }
+    }
   }
+};
+
+inline float dot(const float* a, const float* b, int padded_dim) {
+  Vec sum = {};
+  for (int d = 0; d < padded_dim; d += lanes) sum += load(a + d) * load(b + d);
+  float total = 0.0f;
+  for (int lane = 0; lane < lanes; ++lane) total += sum[lane];
+  return total;
 }
 
-// lse and D of rows lane ... of the panel; `dout` as read_word_of_rows gives it.
+// lse and D of the rows of a word, the first of which is `lane` of the panel.
 template <class Operand>
-inline void prepare_statistics(const BackwardPass& pass, const Unit& unit, const RowPanel& panel, int lane, const float* dout,
-                               float* lse_log2, float* delta) {
+inline void prepare_statistics(const BackwardPass& pass, const Unit& unit, const RowPanel& panel, int lane,
+                               const WordOfRows<Operand>& dout, float* lse_log2, float* delta) {
   const BackwardInputs& saved = *pass.saved;
   const int dim = pass.problem->head_dim_v;
-  float out[Operand::per_word * padded_head_dim];
-  read_word_of_rows<Operand>(saved, panel, unit, saved.out, lane, dim, out);
+  const WordOfRows<Operand> out(saved, panel, unit, saved.out, lane, dim);
   for (int i = 0; i < Operand::per_word && lane + i < panel.rows; ++i) {
-    float sum = 0.0f;
-    for (int d = 0; d < dim; ++d) sum += dout[i * padded_head_dim + d] * out[i * padded_head_dim + d];
     const float lse = saved.lse[panel.offset(unit, saved.lse_strides, lane + i)];
     // A row without keys has only masked scores: any finite lse makes their probabilities 0.
     lse_log2[lane + i] = lse == -__builtin_inff() ? 0.0f : lse * log2_e;
-    delta[lane + i] = sum - (saved.dlse ? saved.dlse[panel.offset(unit, saved.dlse_strides, lane + i)] : 0.0f);
+    delta[lane + i] = dot(dout.rows[i], out.rows[i], round_up(dim, dim_panel)) -
+                      (saved.dlse ? saved.dlse[panel.offset(unit, saved.dlse_strides, lane + i)] : 0.0f);
   }
 }
 
 template <class Operand>
 inline void prepare_rows(const BackwardPass& pass, const Unit& unit, std::int32_t row_begin, float* memory) {
   const AttentionProblem& problem = *pass.problem;
+  const BackwardInputs& saved = *pass.saved;
   const ConstTensor& q = pass.inputs->q;
-  const ConstTensor& dout = pass.saved->dout;
   const RowBlock block(problem, memory);
   const std::int64_t panel_stride = words<Operand>(row_block) * dim_panel;
-  float rows[Operand::per_word * padded_head_dim];
   const int row_end = min_of(row_begin + row_block, unit.packed_rows());
   for (int row = row_begin; row < row_end; row += panel_rows) {
     const RowPanel panel(problem, *pass.inputs, unit, row, row_end);
     const std::int64_t first = row - row_begin;
     pack_transposed<Operand>(panel, unit, q, problem.head_dim, block.q_transposed + first * problem.head_dim);
-    pack_transposed<Operand>(panel, unit, dout, problem.head_dim_v, block.dout_transposed + first * problem.head_dim_v);
+    pack_transposed<Operand>(panel, unit, saved.dout, problem.head_dim_v, block.dout_transposed + first * problem.head_dim_v);
     for (int lane = 0; lane < panel.rows; lane += Operand::per_word) {
       const std::int64_t word = (first + lane) / Operand::per_word * dim_panel;
-      read_word_of_rows<Operand>(*pass.saved, panel, unit, q, lane, problem.head_dim, rows);
-      scatter_to_panels<Operand>(rows, padded_head_dim, problem.head_dim, block.q_panels + word, panel_stride);
-      read_word_of_rows<Operand>(*pass.saved, panel, unit, dout, lane, problem.head_dim_v, rows);
-      scatter_to_panels<Operand>(rows, padded_head_dim, problem.head_dim_v, block.dout_panels + word, panel_stride);
-      prepare_statistics<Operand>(pass, unit, panel, lane, rows, block.lse_log2 + first, block.delta + first);
+      const WordOfRows<Operand> q_rows(saved, panel, unit, q, lane, problem.head_dim);
+      const WordOfRows<Operand> dout_rows(saved, panel, unit, saved.dout, lane, problem.head_dim_v);
+      scatter_to_panels<Operand>(q_rows.rows, problem.head_dim, block.q_panels + word, panel_stride, unchanged);
+      scatter_to_panels<Operand>(dout_rows.rows, problem.head_dim_v, block.dout_panels + word, panel_stride, unchanged);
+      prepare_statistics<Operand>(pass, unit, panel, lane, dout_rows, block.lse_log2 + first, block.delta + first);
     }
     // The lanes that repeat the last row repeat its statistics, so that they stay finite if it does.
     for (int lane = panel.rows; lane < panel.width(); ++lane) {

@@ -34,7 +34,7 @@ inline void pack_keys_values(const ForwardPass& pass, const Unit& unit, std::int
   const KeyBlock keys = {block * pass.key_block, pass.key_block};
   pack_rows<Operand>(pass.inputs->k, unit, keys, problem.head_dim, packed);
   pack_panels<Operand>(pass.inputs->v, unit, keys, problem.head_dim_v, packed + packed_keys_size(problem, pass.key_block),
-                       [](Vec v) { return v; });
+                       unchanged);
 }
 
 // ---- online softmax

@@ -30,20 +30,23 @@ inline void pack_transposed(const RowPanel& panel, const Unit& unit, const Const
   }
 }
 
-// One row of words of panels from rows[per_word][stride], whose dims past `dim` are 0 up to a whole panel.
-template <class Operand>
-inline void scatter_to_panels(const float* rows, std::int64_t stride, int dim, float* panels, std::int64_t panel_stride) {
+// Room for a row of any head dim and the zeros that fill its last panel.
+constexpr int padded_head_dim = max_head_dim + dim_panel;
+
+// One row of words of panels, from rows that have zeros up to a whole panel.
+template <class Operand, class Change>
+inline void scatter_to_panels(const float* const (&rows)[Operand::per_word], int dim, float* panels, std::int64_t panel_stride,
+                              Change change) {
   for (int d = 0; d < dim; d += dim_panel, panels += panel_stride) {
     for (int n = 0; n < dim_vectors; ++n) {
       Vec neighbours[Operand::per_word];
-      for (int i = 0; i < Operand::per_word; ++i) neighbours[i] = load(rows + i * stride + d + n * lanes);
+      for (int i = 0; i < Operand::per_word; ++i) neighbours[i] = change(load(rows[i] + d + n * lanes));
       store(panels + n * lanes, Operand::word(neighbours));
     }
   }
 }
 
-// Room for a row of any head dim and the zeros that fill its last panel.
-constexpr int padded_head_dim = max_head_dim + dim_panel;
+FA_INLINE Vec unchanged(Vec x) { return x; }
 
 // Keys of a unit's sequence, from position `begin` on.
 struct KeyBlock {
@@ -51,17 +54,28 @@ struct KeyBlock {
   std::int32_t size;
 };
 
-// A slot that no query of the sequence sees reads as 0, so that 0 * NaN cannot leave it. Zeros follow the row up to a whole
-// panel.
-inline void read_key(const ConstTensor& tensor, const Unit& unit, std::int32_t key, KeyRange seen, int dim, float* row) {
-  const bool visible = key >= seen.begin && key < seen.end;
-  const int first_zero = visible ? dim : 0;
-  std::memset(row + first_zero, 0, static_cast<std::size_t>(round_up(dim, dim_panel) - first_zero) * sizeof(float));
-  if (!visible) return;
+// One row of a strided tensor in float32, zeros up to a whole panel: the row itself where it is that already, else in `buffer`.
+inline const float* view_row(const ConstTensor& tensor, std::int64_t offset, int dim, float* buffer) {
+  const char* row = element(tensor.data, tensor.dtype, offset);
+  if (tensor.dtype == DType::float32 && tensor.strides.dim == 1 && dim % dim_panel == 0) {
+    return reinterpret_cast<const float*>(row);
+  }
+  std::memset(buffer + dim, 0, static_cast<std::size_t>(round_up(dim, dim_panel) - dim) * sizeof(float));
+  read_row(tensor.dtype, row, tensor.strides.dim, dim, buffer);
+  return buffer;
+}
+
+// A slot that no query of the sequence sees reads as 0, so that 0 * NaN cannot leave it.
+inline const float* view_key(const ConstTensor& tensor, const Unit& unit, std::int32_t key, KeyRange seen, int dim,
+                             float* buffer) {
+  if (key < seen.begin || key >= seen.end) {
+    std::memset(buffer, 0, static_cast<std::size_t>(round_up(dim, dim_panel)) * sizeof(float));
+    return buffer;
+  }
   const std::int64_t offset = unit.batch * tensor.strides.batch +
                               (unit.sequence.k.begin + std::int64_t{key}) * tensor.strides.seq +
                               unit.kv_head * tensor.strides.head;
-  read_row(tensor.dtype, element(tensor.data, tensor.dtype, offset), tensor.strides.dim, dim, row);
+  return view_row(tensor, offset, dim, buffer);
 }
 
 inline KeyRange keys_seen(const Unit& unit) { return visible_keys_of_rows(unit.rule, 0, unit.rule.seqlen_q); }
@@ -72,8 +86,8 @@ inline void pack_rows(const ConstTensor& tensor, const Unit& unit, KeyBlock keys
   const KeyRange seen = keys_seen(unit);
   float row[padded_head_dim];
   for (int i = 0; i < keys.size; ++i) {
-    read_key(tensor, unit, keys.begin + i, seen, dim, row);
-    pack_row<Operand>(row, dim, packed + std::int64_t{i} * words<Operand>(dim));
+    pack_row<Operand>(view_key(tensor, unit, keys.begin + i, seen, dim, row), dim,
+                      packed + std::int64_t{i} * words<Operand>(dim));
   }
 }
 
@@ -81,15 +95,12 @@ inline void pack_rows(const ConstTensor& tensor, const Unit& unit, KeyBlock keys
 template <class Operand, class Change>
 inline void pack_panels(const ConstTensor& tensor, const Unit& unit, KeyBlock keys, int dim, float* packed, Change change) {
   const KeyRange seen = keys_seen(unit);
-  float rows[Operand::per_word * padded_head_dim];
+  float buffers[Operand::per_word][padded_head_dim];
   for (int i = 0; i < keys.size; i += Operand::per_word) {
-    for (int n = 0; n < Operand::per_word; ++n) {
-      float* row = rows + n * padded_head_dim;
-      read_key(tensor, unit, keys.begin + i + n, seen, dim, row);
-      for (int d = 0; d < dim; d += lanes) store(row + d, change(load(row + d)));
-    }
-    scatter_to_panels<Operand>(rows, padded_head_dim, dim, packed + std::int64_t{i / Operand::per_word} * dim_panel,
-                               std::int64_t{words<Operand>(keys.size)} * dim_panel);
+    const float* rows[Operand::per_word];
+    for (int n = 0; n < Operand::per_word; ++n) rows[n] = view_key(tensor, unit, keys.begin + i + n, seen, dim, buffers[n]);
+    scatter_to_panels<Operand>(rows, dim, packed + std::int64_t{i / Operand::per_word} * dim_panel,
+                               std::int64_t{words<Operand>(keys.size)} * dim_panel, change);
   }
 }
 

@@ -48,10 +48,15 @@ struct RowPanel {
     vectors = (rows + lanes - 1) / lanes;
     some = {highest_int, lowest_int};
     all = {lowest_int, highest_int};
+    int next_query = row_begin / unit.group;
+    int next_member = row_begin % unit.group;
     for (int lane = 0; lane < width(); ++lane) {
-      const int row = row_begin + (lane < rows ? lane : rows - 1);
-      query[lane] = row / unit.group;
-      head[lane] = unit.first_head + row % unit.group;
+      query[lane] = lane < rows ? next_query : query[rows - 1];
+      head[lane] = lane < rows ? unit.first_head + next_member : head[rows - 1];
+      if (++next_member == unit.group) {
+        next_member = 0;
+        ++next_query;
+      }
       KeyRange keys = visible_keys(unit.rule, query[lane]);
       if (keys.begin >= keys.end) {
         keys = {0, 0};

@@ -1,6 +1,7 @@
 // The public functions: normalise, choose a route, add the nodes.
 #include "flash_attn/attention.h"
 
+#include "cpu/isa.h"
 #include "mlx/fast.h"
 #include "mlx/ops.h"
 #include "ops/normalise.h"
@@ -24,6 +25,7 @@ mx::array sdpa(const AttentionCall& call) {
 AttentionOutputs compute(const AttentionCall& call, Route::Target target) {
   switch (target) {
     case Route::Target::kernel:
+      cpu::kernels();  // throws for an unknown FLASH_ATTENTION_MLX_ISA: an error of the call, not of its evaluation
       return attention_node(call);
     case Route::Target::sdpa:
       // The LSE that nobody asked for: lazy, so it costs nothing unless somebody reads it after all.
