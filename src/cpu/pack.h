@@ -46,7 +46,7 @@ inline void scatter_to_panels(const float* const (&rows)[Operand::per_word], int
   }
 }
 
-FA_INLINE Vec unchanged(Vec x) { return x; }
+constexpr auto unchanged = [](Vec x) { return x; };
 
 // Keys of a unit's sequence, from position `begin` on.
 struct KeyBlock {
