@@ -174,8 +174,10 @@ void TestCall::fill_used(const Features& features, std::uint64_t seed) {
   for (std::int32_t batch = 0; batch < problem.batch; ++batch) {
     const SequencePair& pair = pairs[static_cast<std::size_t>(batch)];
     const MaskRule rule = problem.mask_rule(pair.q.length, pair.k.length);
+    std::vector<bool> filled;  // keys of the kv head
     for (std::int32_t head = 0; head < problem.heads_q; ++head) {
       const std::int32_t kv_head = head / problem.group();
+      if (head % problem.group() == 0) filled.assign(static_cast<std::size_t>(pair.k.length), false);
       for (std::int32_t i = 0; i < pair.q.length; ++i) {
         const std::int64_t row = pair.q.begin + i;
         fill_row(q, offset_of(q.strides, batch, row, head), problem.head_dim, features.magnitude, seed, id_q);
@@ -187,9 +189,12 @@ void TestCall::fill_used(const Features& features, std::uint64_t seed) {
         }
         const KeyRange keys = visible_keys(rule, i);
         for (std::int32_t j = keys.begin; j < keys.end; ++j) {
-          const std::int64_t slot = pair.k.begin + j;
-          fill_row(k, offset_of(k.strides, batch, slot, kv_head), problem.head_dim, features.magnitude, seed, id_k);
-          fill_row(v, offset_of(v.strides, batch, slot, kv_head), problem.head_dim_v, 1.0, seed, id_v);
+          if (!filled[static_cast<std::size_t>(j)]) {
+            const std::int64_t slot = pair.k.begin + j;
+            fill_row(k, offset_of(k.strides, batch, slot, kv_head), problem.head_dim, features.magnitude, seed, id_k);
+            fill_row(v, offset_of(v.strides, batch, slot, kv_head), problem.head_dim_v, 1.0, seed, id_v);
+            filled[static_cast<std::size_t>(j)] = true;
+          }
           if (!attn_mask.data) continue;
           const std::int64_t index = batch * attn_mask.batch + head * attn_mask.head + i * attn_mask.row + j * attn_mask.key;
           const double value = noise(seed, id_mask, index);
