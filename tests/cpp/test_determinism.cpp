@@ -2,7 +2,9 @@
 
 #include <gtest/gtest.h>
 
-#include <cstring>
+#include <atomic>
+#include <thread>
+#include <utility>
 
 #include "cases.h"
 #include "cpu/parallel.h"
@@ -53,7 +55,7 @@ void expect_same_bits(TestCall& call, Bits bits) {
   const std::vector<std::string> expected = bits(call);
   for (int threads : {1, 2, 3, 5}) {
     cpu::set_thread_count_for_testing(threads);
-    EXPECT_EQ(bits(call) == expected, true) << threads << " threads";
+    EXPECT_TRUE(bits(call) == expected) << threads << " threads";
   }
 }
 
@@ -69,6 +71,36 @@ TEST_P(Determinism, BackwardGivesTheSameBits) {
   test_call.saved.out = {out.data, out.dtype, out.strides};
   test_call.saved.lse = test_call.outputs.lse;
   expect_same_bits(test_call, backward_bits);
+}
+
+// Streams of a framework evaluate at the same time.
+TEST(ConcurrentCallers, GetTheSameBitsAsOneAlone) {
+  cpu::set_thread_count_for_testing(3);
+  const auto run = [](std::uint64_t seed) {
+    Features features;
+    features.sink = true;
+    TestCall call(dense_problem(2, 90, 110, 20, 12), features, seed);
+    std::vector<std::string> bits = forward_bits(call);
+    const cpu::Tensor& out = call.outputs.out;
+    call.saved.out = {out.data, out.dtype, out.strides};
+    call.saved.lse = call.outputs.lse;
+    for (std::string& gradient : backward_bits(call)) bits.push_back(std::move(gradient));
+    return bits;
+  };
+  constexpr std::uint64_t callers = 4;
+  std::vector<std::vector<std::string>> alone;
+  for (std::uint64_t seed = 0; seed < callers; ++seed) alone.push_back(run(seed));
+
+  std::atomic<int> different{0};
+  std::vector<std::thread> threads;
+  for (std::uint64_t seed = 0; seed < callers; ++seed) {
+    threads.emplace_back([&, seed] {
+      for (int round = 0; round < 5; ++round) different += run(seed) != alone[seed];
+    });
+  }
+  for (std::thread& thread : threads) thread.join();
+  EXPECT_EQ(different, 0);
+  cpu::set_thread_count_for_testing(0);
 }
 
 INSTANTIATE_TEST_SUITE_P(All, Determinism, testing::ValuesIn(feature_cases()),
