@@ -79,7 +79,7 @@ fuzz: setup-test $(VENV)/.requirements ## Fuzz the kernels under ASan + UBSan fo
 	cmake --preset fuzz --log-level=WARNING
 	cmake --build --preset fuzz
 	mkdir -p build/fuzz/corpus
-	build/fuzz/tests/cpp/flash_attn_fuzz -max_total_time=$(FUZZ_SECONDS) -print_final_stats=1 \
+	build/fuzz/tests/cpp/flash_attn_fuzz -max_total_time=$(FUZZ_SECONDS) -max_len=600 -len_control=0 -print_final_stats=1 \
 		-artifact_prefix=build/fuzz/ build/fuzz/corpus
 
 .PHONY: lint

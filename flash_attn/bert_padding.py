@@ -6,6 +6,8 @@ unpadding evaluates the mask; it cannot run inside ``mx.compile``.
 
 from __future__ import annotations
 
+from typing import cast
+
 import mlx.core as mx
 
 __all__ = ["pad_input", "unpad_input", "unpad_input_for_concatenated_sequences"]
@@ -30,7 +32,7 @@ def _require_mask_of(hidden_states: mx.array, name: str, mask: mx.array) -> None
 
 def _nonzero(flags: mx.array) -> mx.array:
     """Positions of the true elements of a flat boolean array, ascending."""
-    count = int(mx.sum(flags).item())
+    count = cast(int, mx.sum(flags).item())
     positions = mx.arange(flags.size, dtype=mx.int32)
     return mx.sort(mx.where(flags, positions, flags.size))[:count]
 
@@ -40,7 +42,7 @@ def _cumulative(seqlens: mx.array) -> mx.array:
 
 
 def _largest(seqlens: mx.array) -> int:
-    return int(mx.max(seqlens).item()) if seqlens.size else 0
+    return cast(int, mx.max(seqlens).item()) if seqlens.size else 0
 
 
 def _take_tokens(hidden_states: mx.array, indices: mx.array) -> mx.array:

@@ -82,7 +82,11 @@ inline void attn_mask_step(const ScoreContext& context, const RowPanel& panel, c
     bool same_row = true;
     for (int lane = 1; lane < lanes; ++lane) same_row &= offsets[lane] == offsets[0];
     for (int lane = 0; lane < (same_row ? 1 : lanes); ++lane) {
-      read_mask_row(mask, offsets[lane] + first_key, tile.keys, context.mask_rows + lane * context.mask_row_stride);
+      // A tile of backward is rounded up: past the last key that a row sees, the mask may have ended.
+      const int count = clamp_to(max_of(panel.some.end, 0) - tile.key_begin, 0, tile.keys);
+      float* row = context.mask_rows + lane * context.mask_row_stride;
+      read_mask_row(mask, offsets[lane] + first_key, count, row);
+      for (int key = count; key < tile.keys; ++key) row[key] = 0.0f;
     }
     const auto add = [&](int key, Vec bias) {
       float* scores = tile.scores + key * tile.stride + v * lanes;
