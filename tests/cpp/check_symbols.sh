@@ -1,6 +1,6 @@
 #!/bin/sh
-# check_symbols.sh NM LIBRARY LEVELS_FOLDER: no object of an ISA level may define a weak symbol. The linker keeps one copy of those
-# for the whole program, and a copy with AVX-512 instructions would then run on every machine.
+# check_symbols.sh NM LIBRARY LEVELS_FOLDER: no object of an ISA level may define a weak symbol. The linker keeps one copy of
+# those for the whole program, and a copy with AVX-512 instructions would then run on every machine.
 set -eu
 nm=$1 library=$2 levels=$3
 
