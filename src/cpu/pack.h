@@ -13,23 +13,6 @@ namespace {
 
 constexpr int panels_of(int dim) { return round_up(dim, dim_panel) / dim_panel; }
 
-// [dim words][width] = the panel's rows of `tensor`, transposed.
-template <class Operand>
-inline void pack_transposed(const RowPanel& panel, const Unit& unit, const ConstTensor& tensor, int dim, float* packed) {
-  constexpr std::int64_t stride = max_head_dim;
-  float rows[lanes * stride];
-  for (int v = 0; v < panel.vectors; ++v) {
-    for (int lane = 0; lane < lanes; ++lane) {
-      const std::int64_t offset = panel.offset(unit, tensor.strides, v * lanes + lane);
-      float* row = rows + lane * stride;
-      read_row(tensor.dtype, element(tensor.data, tensor.dtype, offset), tensor.strides.dim, dim, row);
-      pack_row<Operand>(row, dim, row);
-    }
-    visit_columns(rows, stride, words<Operand>(dim),
-                  [&](int d, Vec column) { store(packed + d * panel.width() + v * lanes, column); });
-  }
-}
-
 // Room for a row of any head dim and the zeros that fill its last panel.
 constexpr int padded_head_dim = max_head_dim + dim_panel;
 
@@ -63,6 +46,23 @@ inline const float* view_row(const ConstTensor& tensor, std::int64_t offset, int
   std::memset(buffer + dim, 0, static_cast<std::size_t>(round_up(dim, dim_panel) - dim) * sizeof(float));
   read_row(tensor.dtype, row, tensor.strides.dim, dim, buffer);
   return buffer;
+}
+
+// [dim words][width] = the panel's rows of `tensor`, transposed.
+template <class Operand>
+inline void pack_transposed(const RowPanel& panel, const Unit& unit, const ConstTensor& tensor, int dim, float* packed) {
+  float buffers[lanes][padded_head_dim];
+  const float* rows[lanes];
+  for (int v = 0; v < panel.vectors; ++v) {
+    for (int lane = 0; lane < lanes; ++lane) {
+      rows[lane] = view_row(tensor, panel.offset(unit, tensor.strides, v * lanes + lane), dim, buffers[lane]);
+      if constexpr (Operand::per_word > 1) {
+        pack_row<Operand>(rows[lane], dim, buffers[lane]);
+        rows[lane] = buffers[lane];
+      }
+    }
+    visit_columns(rows, words<Operand>(dim), [&](int d, Vec column) { store(packed + d * panel.width() + v * lanes, column); });
+  }
 }
 
 // A slot that no query of the sequence sees reads as 0, so that 0 * NaN cannot leave it.

@@ -81,21 +81,23 @@ inline void attn_mask_step(const ScoreContext& context, const RowPanel& panel, c
     const std::int64_t first_key = tile.key_begin * mask.key;
     bool same_row = true;
     for (int lane = 1; lane < lanes; ++lane) same_row &= offsets[lane] == offsets[0];
+    const float* rows[lanes];
     for (int lane = 0; lane < (same_row ? 1 : lanes); ++lane) {
       // A tile of backward is rounded up: past the last key that a row sees, the mask may have ended.
       const int count = clamp_to(max_of(panel.some.end, 0) - tile.key_begin, 0, tile.keys);
       float* row = context.mask_rows + lane * context.mask_row_stride;
       read_mask_row(mask, offsets[lane] + first_key, count, row);
       for (int key = count; key < tile.keys; ++key) row[key] = 0.0f;
+      rows[lane] = row;
     }
     const auto add = [&](int key, Vec bias) {
       float* scores = tile.scores + key * tile.stride + v * lanes;
       store(scores, add_mask(load(scores), bias));
     };
     if (same_row) {
-      for (int key = 0; key < tile.keys; ++key) add(key, splat(context.mask_rows[key]));
+      for (int key = 0; key < tile.keys; ++key) add(key, splat(rows[0][key]));
     } else {
-      visit_columns(context.mask_rows, context.mask_row_stride, tile.keys, add);
+      visit_columns(rows, tile.keys, add);
     }
   }
 }

@@ -118,14 +118,14 @@ FA_INLINE void transpose(Vec (&rows)[lanes]) {
   }
 }
 
-// visit(column, vector) for every column of `columns`: the elements of [lanes] rows, `stride` apart, in that column. Reads
-// whole vectors: `stride` covers round_up(columns, lanes).
+// visit(column, vector) for every column: the elements of `rows` in that column. Reads whole vectors, so rows reach up to
+// round_up(columns, lanes).
 template <class Visit>
-FA_INLINE void visit_columns(const float* rows, std::int64_t stride, int columns, Visit visit) {
+FA_INLINE void visit_columns(const float* const (&rows)[lanes], int columns, Visit visit) {
   for (int column = 0; column < columns; column += lanes) {
     Vec block[lanes];
 #pragma GCC unroll 16
-    for (int lane = 0; lane < lanes; ++lane) block[lane] = load(rows + lane * stride + column);
+    for (int lane = 0; lane < lanes; ++lane) block[lane] = load(rows[lane] + column);
     transpose(block);
     const int count = columns - column < lanes ? columns - column : lanes;
     for (int i = 0; i < count; ++i) visit(column + i, block[i]);
