@@ -46,4 +46,4 @@ class Ceilings:
     @property
     def fma_gflops(self) -> float:
         """float32 multiply-adds at the level in use: what every percentage in the report divides by."""
-        return self.gflops[self.level]
+        return self.gflops[self.level.removesuffix("_bf16")]
