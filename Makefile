@@ -19,7 +19,7 @@ export PATH := $(BIN):$(PATH)
 PYTHON_BUILD := build/python
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 CXX_SOURCES = $(shell git ls-files '*.h' '*.cpp')
-PY_SOURCES := flash_attn tests/python benchmarks
+PY_SOURCES := flash_attn tests/python benchmarks examples
 
 .NOTPARALLEL:
 
