@@ -93,22 +93,6 @@ struct BlockContext {
   float* tile;  // S, then P
 };
 
-// P [keys][width] as the left operand of P V: words of neighbouring keys, [key words][width], in place.
-template <class Operand>
-inline void pack_probabilities(const ScoreTile& tile) {
-  if constexpr (Operand::per_word > 1) {
-    for (int word = 0; word < words<Operand>(tile.keys); ++word) {
-      for (int column = 0; column < tile.stride; column += lanes) {
-        Vec neighbours[Operand::per_word] = {};
-        for (int i = 0; i < Operand::per_word && word * Operand::per_word + i < tile.keys; ++i) {
-          neighbours[i] = load(tile.scores + (word * Operand::per_word + i) * tile.stride + column);
-        }
-        store(tile.scores + word * tile.stride + column, Operand::word(neighbours));
-      }
-    }
-  }
-}
-
 template <class Operand, int N>
 inline void attend(const BlockContext& block, const RowPanel& panel, PanelState& state) {
   const AttentionProblem& problem = *block.pass->problem;
@@ -133,9 +117,8 @@ inline void attend(const BlockContext& block, const RowPanel& panel, PanelState&
       store(p, from_bits(bits_of(load(p)) & keep));
     });
   }
-  pack_probabilities<Operand>(tile);
-  value_product<Operand, N>(tile.scores, words<Operand>(tile.keys), v, v_panel_stride, panels_of(problem.head_dim_v), alpha,
-                            state.o);
+  const float* p = pack_along_keys<Operand>(tile.scores, tile.stride, tile.keys, tile.scores);
+  value_product<Operand, N>(p, words<Operand>(tile.keys), v, v_panel_stride, panels_of(problem.head_dim_v), alpha, state.o);
 }
 
 // O / l and lse to the caller's arrays. A row that saw nothing gives 0 and -inf.

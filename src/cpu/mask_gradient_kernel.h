@@ -2,7 +2,7 @@
 // over. A pass of its own over S and dP, taken only when that gradient is wanted: it owns its output, so sums keep one order.
 #pragma once
 
-#include "cpu/backward_kernel.h"
+#include "cpu/gradient_tile.h"
 
 namespace flash_attn::cpu::FA_LEVEL {
 namespace {

@@ -26,6 +26,23 @@ FA_INLINE void matmul_tile(Vec (&acc)[M][N], const float* a, std::int64_t a_row,
   }
 }
 
+// A tile [keys][stride] as a left operand over keys: words of neighbouring keys, [key words][stride]; in place allowed. float32
+// needs no other form.
+template <class Operand>
+inline const float* pack_along_keys(const float* tile, std::int64_t stride, int keys, float* packed) {
+  if constexpr (Operand::per_word == 1) return tile;
+  for (int word = 0; word < words<Operand>(keys); ++word) {
+    for (int column = 0; column < stride; column += lanes) {
+      Vec neighbours[Operand::per_word] = {};
+      for (int i = 0; i < Operand::per_word && word * Operand::per_word + i < keys; ++i) {
+        neighbours[i] = load(tile + (word * Operand::per_word + i) * stride + column);
+      }
+      store(packed + word * stride + column, Operand::word(neighbours));
+    }
+  }
+  return packed;
+}
+
 // S^T [keys][stride] = scale K [keys][dim words] Q^T [dim words][N vectors].
 template <class Operand, int N>
 inline void score_product(const float* k, int dim_words, const float* q_transposed, int keys, float scale, float* scores,
