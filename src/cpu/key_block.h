@@ -48,7 +48,7 @@ inline void pack_key_block(const BackwardPass& pass, const Unit& unit, KeyBlock 
   pack_rows<Operand>(pass.inputs->v, unit, keys, problem.head_dim_v, buffers.v_rows);
   // For dQ only: a row that sees a NaN in K has NaN in dS; a row that does not must not meet it as 0 * NaN.
   pack_panels<Operand>(pass.inputs->k, unit, keys, problem.head_dim, buffers.k_panels,
-                       [](Vec k) { return select(k - k == 0.0f, k, Vec{}); });
+                       [](Vec k) { return select(is_finite(k), k, Vec{}); });
 }
 
 inline void write_key_gradients(const Tensor& tensor, const Unit& unit, KeyBlock keys, int dim, float scale,

@@ -63,7 +63,7 @@ inline void pack_row(const float* row, int n, float* packed) {
       const int count = n - i < lanes ? n - i : lanes;
       std::memcpy(values, row + i, static_cast<std::size_t>(count) * sizeof(float));
       const Half bits = to_bfloat16(load(values));
-      std::memcpy(halves + 2 * i, &bits, static_cast<std::size_t>(2 * round_up(count, 2)));
+      std::memcpy(halves + 2 * i, &bits, 2 * static_cast<std::size_t>(round_up(count, 2)));
     }
   }
 }

@@ -43,6 +43,7 @@ FA_INLINE Vec select(IVec mask, Vec yes, Vec no) { return mask ? yes : no; }
 FA_INLINE IVec bits_of(Vec x) { return reinterpret_cast<IVec>(x); }
 FA_INLINE Vec from_bits(IVec x) { return reinterpret_cast<Vec>(x); }
 FA_INLINE Vec to_float(IVec x) { return __builtin_convertvector(x, Vec); }
+FA_INLINE IVec is_finite(Vec x) { return (bits_of(x) & 0x7f800000) != 0x7f800000; }
 FA_INLINE Vec abs_of(Vec x) { return from_bits(bits_of(x) & 0x7fffffff); }
 
 // a > b ? a : b, so b where either is NaN: write the operand whose NaN must survive second.

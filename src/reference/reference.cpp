@@ -74,7 +74,7 @@ mx::array visible_positions(const AttentionProblem& problem, const Sequences& qu
 // bool, broadcasts to the scores. An additive -inf hides a key as `false` does.
 mx::array visible_scores(const AttentionProblem& problem, const Sequences& queries, const Sequences& keys,
                          const std::optional<mx::array>& mask) {
-  const mx::array visible = mx::expand_dims(visible_positions(problem, queries, keys), {1, 2});
+  mx::array visible = mx::expand_dims(visible_positions(problem, queries, keys), {1, 2});
   if (!mask) return visible;
   return visible && (mask->dtype() == mx::bool_ ? *mask : *mask != mx::array(-infinity, mask->dtype()));
 }
