@@ -48,7 +48,7 @@ struct RowTask {
   std::int64_t cost;  // keys to visit, for the order only
 };
 
-// Units [begin, end): packs their K and V once, then runs their row blocks, heaviest first.
+// Units [begin, end): packs their K and V once, then runs their row blocks.
 void forward_units(const Kernels& level, const ForwardPass& pass, int threads, const Unit* begin, const Unit* end) {
   std::vector<PackedUnit> packed_units;
   std::int64_t blocks = 0;
@@ -84,7 +84,11 @@ void forward_units(const Kernels& level, const ForwardPass& pass, int threads, c
     level.pack_keys_values(pass, *task.unit, task.block, task.destination);
   });
 
-  std::stable_sort(row_tasks.begin(), row_tasks.end(), [](const RowTask& a, const RowTask& b) { return a.cost > b.cost; });
+  // Unit after unit, so that the threads share one head's keys in cache; the heaviest rows of a unit first, so that it ends
+  // even.
+  std::stable_sort(row_tasks.begin(), row_tasks.end(), [](const RowTask& a, const RowTask& b) {
+    return a.packed_unit != b.packed_unit ? a.packed_unit < b.packed_unit : a.cost > b.cost;
+  });
   const std::int64_t scratch_size = (level.forward_scratch_size(pass) + 15) / 16 * 16;
   const Buffer scratch = allocate(scratch_size * threads);
   parallel_for(static_cast<std::int64_t>(row_tasks.size()), threads, [&](std::int64_t i, int slot) {
