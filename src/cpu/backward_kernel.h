@@ -53,10 +53,8 @@ inline void backward_keys(const BackwardPass& pass, const BackwardTask& task, fl
 
   for (int row_begin = 0, index = 0; row_begin < unit.packed_rows(); row_begin += row_block, ++index) {
     const int row_count = min_of(row_block, unit.packed_rows() - row_begin);
-    const KeyRange seen = visible_keys_of_packed_rows(unit, row_begin, row_begin + row_count);
-    const int begin = max_of(seen.begin - keys.begin, 0) / tile_keys * tile_keys;
-    const int end = min_of(round_up(seen.end - keys.begin, tile_keys), keys.size);
-    if (seen.begin >= seen.end || begin >= end) continue;
+    const auto [begin, end] = tiles_seen(visible_keys_of_packed_rows(unit, row_begin, row_begin + row_count), keys);
+    if (begin >= end) continue;
     const int count = end - begin;
     const std::int64_t first = std::int64_t{begin} * row_block;
 

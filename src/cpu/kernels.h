@@ -59,8 +59,6 @@ struct Kernels {
 
   // Tile shape, for whoever sizes buffers.
   std::int32_t panel_rows;  // query rows in the lanes of a score panel
-  std::int32_t dim_panel;   // head dims in the lanes of an output panel
-  std::int32_t tile_keys;   // a key block is a multiple of this
   std::int32_t row_block;   // packed rows in a row block of backward
 
   std::int64_t (*packed_block_size)(const AttentionProblem& problem, std::int32_t key_block);

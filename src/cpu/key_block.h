@@ -6,6 +6,13 @@
 namespace flash_attn::cpu::FA_LEVEL {
 namespace {
 
+// Keys of the block, counted from its first, that cover what is seen of it in whole tiles; empty when nothing is.
+inline KeyRange tiles_seen(KeyRange seen, KeyBlock keys) {
+  if (seen.begin >= seen.end) return {0, 0};
+  return {max_of(seen.begin - keys.begin, 0) / tile_keys * tile_keys,
+          min_of(round_up(seen.end - keys.begin, tile_keys), keys.size)};
+}
+
 struct KeyBlockBuffers {
   float* k_rows;    // [key_block][head_dim]
   float* v_rows;    // [key_block][head_dim_v]
@@ -15,7 +22,7 @@ struct KeyBlockBuffers {
   float* scores;      // [key_block][row_block]  S, P
   float* gradients;   // [key_block][row_block]  dP, dS
   float* derivative;  // [key_block][row_block]  softcap's; then dS in words of keys
-  float* mask_rows;   // [lanes][key_block]; a multiple of lanes
+  float* mask_rows;   // [lanes][key_block]; a vector read past its end lands in k_rows
 
   static std::int64_t size(const AttentionProblem& problem, std::int32_t key_block) {
     const std::int64_t k_padded = round_up(problem.head_dim, dim_panel);

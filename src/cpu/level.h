@@ -45,8 +45,6 @@ void run_add_mask_gradient(const BackwardPass& pass, const MaskGradientTask& tas
 const Kernels FA_JOIN(FA_LEVEL, _kernels) = {
     .name = FA_STRING(FA_LEVEL),
     .panel_rows = FA_LEVEL::panel_rows,
-    .dim_panel = FA_LEVEL::dim_panel,
-    .tile_keys = FA_LEVEL::tile_keys,
     .row_block = FA_LEVEL::row_block,
     .packed_block_size = FA_LEVEL::packed_block_size,
     .pack_keys_values = FA_LEVEL::run_pack_keys_values,

@@ -18,10 +18,8 @@ inline void add_mask_gradient(const BackwardPass& pass, const MaskGradientTask& 
   const Unit& unit = *task.unit;
   const KeyBlock keys = {task.block * pass.key_block, pass.key_block};
   const int row_end = min_of(task.row_begin + row_block, unit.packed_rows());
-  const KeyRange seen = visible_keys_of_packed_rows(unit, task.row_begin, row_end);
-  const int begin = max_of(seen.begin - keys.begin, 0) / tile_keys * tile_keys;
-  const int end = min_of(round_up(seen.end - keys.begin, tile_keys), keys.size);
-  if (seen.begin >= seen.end || begin >= end) return;
+  const auto [begin, end] = tiles_seen(visible_keys_of_packed_rows(unit, task.row_begin, row_end), keys);
+  if (begin >= end) return;
 
   const KeyBlockBuffers buffers(problem, pass.key_block, scratch + pass.row_block_size);
   const RowBlock rows(problem, scratch);
