@@ -9,7 +9,7 @@ set(isa_flags_avx512_bf16 -mavx512bf16 ${isa_flags_avx512})
 # -Wno-psabi: vectors wider than the level's registers never cross a function boundary that is not inlined.
 set(level_flags -fno-math-errno -fno-trapping-math -ffp-contract=fast -Wno-psabi)
 if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU")
-  list(APPEND level_flags -Wno-maybe-uninitialized) # false alarms inside GCC 12's own avx512fintrin.h
+  list(APPEND level_flags -Wno-maybe-uninitialized -Wno-uninitialized) # false alarms inside GCC 12's own avx512fintrin.h
 endif()
 
 if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64")

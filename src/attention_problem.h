@@ -7,7 +7,11 @@
 
 namespace flash_attn {
 
-enum class DType : std::uint8_t { float32, bfloat16, float16, boolean };
+// Of the elements that a kernel reads. affine8 and affine4 are MLX's quantised form: 32-bit words of codes, little-endian.
+enum class DType : std::uint8_t { float32, bfloat16, float16, boolean, int8, affine8, affine4 };
+
+// Codes of MLX's quantised form that share a scale and a bias.
+constexpr std::int32_t quantization_group = 64;
 
 // The largest q, k or v head dim; with qv, q and k grow by v's.
 constexpr std::int32_t max_head_dim_of_tensor = 576;
@@ -29,6 +33,20 @@ struct AttentionProblem {
   std::int32_t total_q = 0;  // varlen only
   std::int32_t total_k = 0;
 
+  // Keys in a cache: k [cache_rows, max_seqlen_k, heads_k, head_dim], or in pages [cache_rows, page_size, heads_k, head_dim] that
+  // a table of `table_rows` rows lists, max_seqlen_k / page_size entries each. Only q may then be packed.
+  bool cached = false;
+  std::int32_t cache_rows = 0;
+  std::int32_t page_size = 0;  // 0: not paged
+  std::int32_t table_rows = 0;
+  std::int32_t seqlen_new = 0;  // keys appended to each sequence before attention; packed ones: a bound
+  std::int32_t total_new = 0;   // packed new keys only
+  bool has_qv = false;          // the score is q.k + qv.v
+
+  std::int32_t rotary_dim = 0;  // leading dims of q and k that are rotated; 0: none
+  bool rotary_interleaved = true;
+  std::int32_t rotary_rows = 0;  // of the table of angles
+
   float softmax_scale = 1.0f;
   float softcap = 0.0f;  // 0: off
   bool causal = false;
@@ -40,7 +58,11 @@ struct AttentionProblem {
   std::uint32_t dropout_keep_24 = 1u << 24;  // floor(2^24 (1 - dropout_p))
   float dropout_scale = 1.0f;                // 1 / (1 - dropout_p)
 
+  std::int32_t num_splits = 0;  // of a long sequence of keys, over which few rows are spread; 0: by shape
+
   std::int32_t group() const { return heads_q / heads_k; }
+  std::int32_t scored_dims() const { return head_dim + (has_qv ? head_dim_v : 0); }
+  std::int32_t table_blocks() const { return max_seqlen_k / page_size; }
 
   MaskRule mask_rule(std::int32_t seqlen_q, std::int32_t seqlen_k) const {
     return {seqlen_q, seqlen_k, window_left, causal_window_right(causal, window_right), attention_chunk};

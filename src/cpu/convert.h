@@ -62,7 +62,55 @@ FA_INLINE Vec load_as(DType dtype, const std::uint16_t* p) {
   return dtype == DType::bfloat16 ? from_bfloat16(bits) : from_float16(bits);
 }
 
-FA_INLINE std::int64_t size_of(DType dtype) { return dtype == DType::float32 ? 4 : dtype == DType::boolean ? 1 : 2; }
+// Small integers, one a lane.
+FA_INLINE Vec from_int8(const char* p) {
+#if defined(__AVX512F__) && FA_VECTOR_BYTES == 64
+  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+#elif defined(__AVX2__) && FA_VECTOR_BYTES == 32
+  return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+#else
+  std::int8_t __attribute__((vector_size(lanes))) bytes;
+  __builtin_memcpy(&bytes, p, sizeof(bytes));
+  return __builtin_convertvector(bytes, Vec);
+#endif
+}
+FA_INLINE Vec from_uint8(const char* p) {
+#if defined(__AVX512F__) && FA_VECTOR_BYTES == 64
+  return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+#elif defined(__AVX2__) && FA_VECTOR_BYTES == 32
+  return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+#else
+  std::uint8_t __attribute__((vector_size(lanes))) bytes;
+  __builtin_memcpy(&bytes, p, sizeof(bytes));
+  return __builtin_convertvector(bytes, Vec);
+#endif
+}
+// Four bits each, the low half of a byte first.
+FA_INLINE Vec from_uint4(const char* p) {
+  UVec codes = {};
+  for (int lane = 0; lane < lanes; lane += 8) {
+    std::uint32_t word = 0;
+    __builtin_memcpy(&word, p + lane / 2, lanes < 8 ? lanes / 2 : 4);
+    for (int i = lane; i < lane + 8 && i < lanes; ++i) codes[i] = word;
+  }
+  UVec shift = {};
+  for (int lane = 0; lane < lanes; ++lane) shift[lane] = static_cast<std::uint32_t>(lane % 8) * 4;
+  return to_float(reinterpret_cast<IVec>((codes >> shift) & 15u));
+}
+
+// Bytes an element takes; of an affine tensor, whose strides count words, a word.
+FA_INLINE std::int64_t size_of(DType dtype) {
+  switch (dtype) {
+    case DType::boolean:
+    case DType::int8:
+      return 1;
+    case DType::bfloat16:
+    case DType::float16:
+      return 2;
+    default:
+      return 4;
+  }
+}
 
 FA_INLINE const char* element(const void* data, DType dtype, std::int64_t index) {
   return static_cast<const char*>(data) + index * size_of(dtype);

@@ -6,6 +6,7 @@
 
 #include "cpu/attention.h"
 #include "cpu/buffer.h"
+#include "cpu/decode.h"
 #include "cpu/isa.h"
 #include "cpu/kernels.h"
 #include "cpu/parallel.h"
@@ -22,7 +23,7 @@ constexpr std::int64_t packed_limit = std::int64_t{64} << 20;  // floats: 256 Mi
 
 // Keys a block: K and V of a block stay in L2 beside the accumulators.
 std::int32_t forward_key_block(const AttentionProblem& problem) {
-  return std::max(problem.head_dim, problem.head_dim_v) <= 160 ? 120 : 72;
+  return std::max(problem.scored_dims(), problem.head_dim_v) <= 160 ? 120 : 72;
 }
 
 void clear_unused_rows(const AttentionProblem& problem, const std::vector<Sequence>& sequences, const ForwardOutputs& outputs) {
@@ -105,19 +106,21 @@ void forward_units(const Kernels& level, const ForwardPass& pass, int threads, c
 void forward(const AttentionProblem& problem, const AttentionInputs& inputs, const ForwardOutputs& outputs) {
   const Kernels& level = kernels();
   const std::vector<Sequence> sequences = sequences_of(problem, inputs);
-  const std::vector<Unit> units = units_of(problem, sequences);
+  std::vector<Unit> units = units_of(problem, sequences);
+  std::erase_if(units, [&](const Unit& unit) { return suits_decode(problem, inputs, unit.sequence); });
   const std::int32_t key_block = forward_key_block(problem);
   const ForwardPass pass = {&problem, &inputs, &outputs, key_block, level.packed_block_size(problem, key_block)};
+  const int threads = thread_count();
   clear_unused_rows(problem, sequences, outputs);
+  decode_sequences(level, {&problem, &inputs, &outputs}, threads, sequences);
 
   // As many units at a time as their packed keys allow, and enough of them to feed every thread.
-  const int threads = thread_count();
   const auto at_least = static_cast<std::size_t>(threads);
   std::size_t begin = 0;
   while (begin < units.size()) {
     std::size_t end = begin;
     for (std::int64_t size = 0; end < units.size() && (end - begin < at_least || size <= packed_limit); ++end) {
-      size += std::int64_t{units[end].sequence.k.length} * (problem.head_dim + problem.head_dim_v);
+      size += std::int64_t{units[end].sequence.k.length} * (problem.scored_dims() + problem.head_dim_v);
     }
     forward_units(level, pass, threads, units.data() + begin, units.data() + end);
     begin = end;

@@ -26,6 +26,28 @@ struct ForwardTask {
   std::int32_t row_end;
 };
 
+// Few rows over many keys: a task has some kv heads of a sequence and a run of its keys.
+struct DecodePass {
+  const AttentionProblem* problem;
+  const AttentionInputs* inputs;
+  const ForwardOutputs* outputs;
+};
+
+constexpr std::int32_t max_decode_rows = 512;  // of a task
+
+// A result over some of the keys.
+struct Partial {
+  float* o;         // [rows][partial_row_size]; null: the task has all keys, the result is the caller's
+  float* lse_log2;  // [rows]
+};
+
+struct DecodeTask {
+  const Unit* unit;
+  KeyRange keys;
+  std::int32_t split;  // its place among those of the unit
+  Partial partial;
+};
+
 // Backward. The rows of a unit are prepared once, one block after the other; dQ gathers in float32 blocks of the same rows.
 struct BackwardPass {
   const AttentionProblem* problem;
@@ -43,6 +65,45 @@ struct BackwardTask {
   float* rows;             // the unit's prepared row blocks
   float* dq;               // the unit's row blocks of dQ; null: not wanted
   std::int32_t* dq_turns;  // per row block, the key block that may add to dQ next; null: the caller runs them in order
+};
+
+// The new rows of a sequence, cut to what its cache can take.
+struct NewRows {
+  std::int32_t batch;
+  std::int32_t cache_row;   // or row of the block table
+  std::int32_t first_slot;  // of the cache
+  Extent rows;              // of NewKeys
+  std::int32_t rotary_base;
+};
+
+struct AppendPass {
+  const AttentionProblem* problem;
+  const AttentionInputs* inputs;
+  const NewKeys* new_keys;
+  const RotaryTable* rotary;
+  const WritableCache* cache;
+  const NewRows* sequences;
+  std::int32_t sequence_count;
+};
+
+// One head of k or of v, all sequences in order: no two threads ever write one slot, whatever the block table says.
+struct AppendTask {
+  std::int32_t kv_head;
+  bool values;  // else keys
+};
+
+struct RotatePass {
+  const AttentionProblem* problem;
+  const AttentionInputs* inputs;
+  const RotaryTable* rotary;
+  const Tensor* rotated;
+};
+
+struct RotateTask {
+  std::int32_t batch;
+  Extent rows;  // of q
+  std::int32_t head;
+  std::int32_t rotary_base;
 };
 
 struct MaskGradientTask {
@@ -65,6 +126,14 @@ struct Kernels {
   void (*pack_keys_values)(const ForwardPass& pass, const Unit& unit, std::int32_t block, float* packed);
   std::int64_t (*forward_scratch_size)(const ForwardPass& pass);
   void (*forward_rows)(const ForwardPass& pass, const ForwardTask& task, float* scratch);
+
+  std::int64_t (*decode_scratch_size)(const DecodePass& pass, std::int32_t rows);
+  std::int64_t (*partial_row_size)(const AttentionProblem& problem);
+  void (*decode)(const DecodePass& pass, const DecodeTask& task, float* scratch);
+  void (*combine_partials)(const DecodePass& pass, const Unit& unit, const Partial* parts, std::int32_t count);
+
+  void (*append_rows)(const AppendPass& pass, const AppendTask& task);
+  void (*rotate_rows)(const RotatePass& pass, const RotateTask& task);
 
   std::int64_t (*row_block_size)(const AttentionProblem& problem);
   std::int64_t (*dq_block_size)(const AttentionProblem& problem);

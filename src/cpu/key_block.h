@@ -49,13 +49,21 @@ inline std::int64_t backward_scratch_size(const BackwardPass& pass) {
 }
 
 template <class Operand>
+inline void pack_key_rows(const AttentionProblem& problem, const KeyReader& reader, KeyBlock keys,
+                          const KeyBlockBuffers& buffers) {
+  pack_rows<Operand>(keys, problem.head_dim, buffers.k_rows, [&](int key, float* row) { return reader.view_key(key, row); });
+  pack_rows<Operand>(keys, problem.head_dim_v, buffers.v_rows, [&](int key, float* row) { return reader.view_value(key, row); });
+}
+
+template <class Operand>
 inline void pack_key_block(const BackwardPass& pass, const Unit& unit, KeyBlock keys, const KeyBlockBuffers& buffers) {
   const AttentionProblem& problem = *pass.problem;
-  pack_rows<Operand>(pass.inputs->k, unit, keys, problem.head_dim, buffers.k_rows);
-  pack_rows<Operand>(pass.inputs->v, unit, keys, problem.head_dim_v, buffers.v_rows);
+  const KeyReader reader(problem, *pass.inputs, unit);
+  pack_key_rows<Operand>(problem, reader, keys, buffers);
   // For dQ only: a row that sees a NaN in K has NaN in dS; a row that does not must not meet it as 0 * NaN.
-  pack_panels<Operand>(pass.inputs->k, unit, keys, problem.head_dim, buffers.k_panels,
-                       [](Vec k) { return select(is_finite(k), k, Vec{}); });
+  pack_panels<Operand>(
+      keys, problem.head_dim, buffers.k_panels, [&](int key, float* row) { return reader.view_key(key, row); },
+      [](Vec k) { return select(is_finite(k), k, Vec{}); });
 }
 
 inline void write_key_gradients(const Tensor& tensor, const Unit& unit, KeyBlock keys, int dim, float scale,

@@ -2,7 +2,9 @@
 // level and its table.
 #pragma once
 
+#include "cpu/append_kernel.h"
 #include "cpu/backward_kernel.h"
+#include "cpu/decode_kernel.h"
 #include "cpu/forward_kernel.h"
 #include "cpu/mask_gradient_kernel.h"
 
@@ -50,6 +52,12 @@ const Kernels FA_JOIN(FA_LEVEL, _kernels) = {
     .pack_keys_values = FA_LEVEL::run_pack_keys_values,
     .forward_scratch_size = FA_LEVEL::forward_scratch_size,
     .forward_rows = FA_LEVEL::run_forward_rows,
+    .decode_scratch_size = FA_LEVEL::decode_scratch_size,
+    .partial_row_size = FA_LEVEL::partial_row_size,
+    .decode = FA_LEVEL::decode,
+    .combine_partials = FA_LEVEL::combine_partials,
+    .append_rows = FA_LEVEL::append_rows,
+    .rotate_rows = FA_LEVEL::rotate_rows,
     .row_block_size = FA_LEVEL::row_block_size,
     .dq_block_size = FA_LEVEL::dq_block_size,
     .backward_scratch_size = FA_LEVEL::backward_scratch_size,

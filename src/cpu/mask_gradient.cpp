@@ -64,7 +64,7 @@ void mask_gradient(const Kernels& level, const BackwardPass& pass, int threads, 
       const MaskRule rule = problem.mask_rule(sequence.q.length, sequence.k.length);
       for (std::int32_t head = heads.begin; head < heads.end; ++head) {
         // A unit of one head: the mask's heads are query heads.
-        const Unit unit = {batch, head / problem.group(), head, 1, sequence, rule};
+        const Unit unit = {batch, head / problem.group(), 1, head, 1, sequence, rule};
         for (std::int32_t row = rows.begin; row < rows.end && row * level.row_block < sequence.q.length; ++row) {
           for (std::int32_t key = keys.begin; key < keys.end && key * pass.key_block < sequence.k.length; ++key) {
             level.add_mask_gradient(pass,

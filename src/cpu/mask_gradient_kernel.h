@@ -25,8 +25,7 @@ inline void add_mask_gradient(const BackwardPass& pass, const MaskGradientTask& 
   const RowBlock rows(problem, scratch);
   const ScoreSteps steps(problem, *pass.inputs);
   prepare_rows<Operand>(pass, unit, task.row_begin, scratch);
-  pack_rows<Operand>(pass.inputs->k, unit, keys, problem.head_dim, buffers.k_rows);
-  pack_rows<Operand>(pass.inputs->v, unit, keys, problem.head_dim_v, buffers.v_rows);
+  pack_key_rows<Operand>(problem, KeyReader(problem, *pass.inputs, unit), keys, buffers);
   const int last = min_of(end, unit.sequence.k.length - keys.begin);
   for (int row = task.row_begin; row < row_end; row += panel_rows) {
     const RowPanel panel(problem, *pass.inputs, unit, row, row_end);

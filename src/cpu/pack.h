@@ -5,6 +5,7 @@
 //   panels      [dim panel][row words][dim_panel] read along the lanes, head dims in lanes; dims padded with 0
 #pragma once
 
+#include "cpu/key_row.h"
 #include "cpu/operand.h"
 #include "cpu/row_panel.h"
 
@@ -48,14 +49,27 @@ inline const float* view_row(const ConstTensor& tensor, std::int64_t offset, int
   return buffer;
 }
 
-// [dim words][width] = the panel's rows of `tensor`, transposed.
-template <class Operand>
-inline void pack_transposed(const RowPanel& panel, const Unit& unit, const ConstTensor& tensor, int dim, float* packed) {
+// The whole row that meets a key's: q, then qv where a call has it.
+inline const float* view_query(const AttentionInputs& inputs, const AttentionProblem& problem, const Unit& unit,
+                               const RowPanel& panel, int lane, float* buffer) {
+  const float* q = view_row(inputs.q, panel.offset(unit, inputs.q.strides, lane), problem.head_dim, buffer);
+  if (!problem.has_qv) return q;
+  if (q != buffer) std::memcpy(buffer, q, static_cast<std::size_t>(problem.head_dim) * sizeof(float));
+  const std::int64_t offset = panel.offset(unit, inputs.qv.strides, lane);
+  float* qv = buffer + problem.head_dim;
+  read_row(inputs.qv.dtype, element(inputs.qv.data, inputs.qv.dtype, offset), inputs.qv.strides.dim, problem.head_dim_v, qv);
+  std::memset(qv + problem.head_dim_v, 0, dim_panel * sizeof(float));
+  return buffer;
+}
+
+// [dim words][width] = the panel's rows, transposed. view(lane, buffer) gives a row.
+template <class Operand, class View>
+inline void pack_transposed(const RowPanel& panel, int dim, float* packed, View view) {
   float buffers[lanes][padded_head_dim];
   const float* rows[lanes];
   for (int v = 0; v < panel.vectors; ++v) {
     for (int lane = 0; lane < lanes; ++lane) {
-      rows[lane] = view_row(tensor, panel.offset(unit, tensor.strides, v * lanes + lane), dim, buffers[lane]);
+      rows[lane] = view(v * lanes + lane, buffers[lane]);
       if constexpr (Operand::per_word > 1) {
         pack_row<Operand>(rows[lane], dim, buffers[lane]);
         rows[lane] = buffers[lane];
@@ -65,40 +79,91 @@ inline void pack_transposed(const RowPanel& panel, const Unit& unit, const Const
   }
 }
 
-// A slot that no query of the sequence sees reads as 0, so that 0 * NaN cannot leave it.
-inline const float* view_key(const ConstTensor& tensor, const Unit& unit, std::int32_t key, KeyRange seen, int dim,
-                             float* buffer) {
-  if (key < seen.begin || key >= seen.end) {
-    std::memset(buffer, 0, static_cast<std::size_t>(round_up(dim, dim_panel)) * sizeof(float));
-    return buffer;
-  }
-  const std::int64_t offset = unit.batch * tensor.strides.batch +
-                              (unit.sequence.k.begin + std::int64_t{key}) * tensor.strides.seq +
-                              unit.kv_head * tensor.strides.head;
-  return view_row(tensor, offset, dim, buffer);
+template <class Operand>
+inline void pack_transposed(const RowPanel& panel, const Unit& unit, const ConstTensor& tensor, int dim, float* packed) {
+  pack_transposed<Operand>(panel, dim, packed, [&](int lane, float* buffer) {
+    return view_row(tensor, panel.offset(unit, tensor.strides, lane), dim, buffer);
+  });
 }
 
-inline KeyRange keys_seen(const Unit& unit) { return visible_keys_of_rows(unit.rule, 0, unit.rule.seqlen_q); }
+// The keys of a unit of one kv head, as a packed block reads them. A slot that no query of the sequence sees, or whose page does
+// not exist, reads as 0, so that 0 * NaN cannot leave it.
+class KeyReader {
+ public:
+  KeyReader(const AttentionProblem& problem, const AttentionInputs& inputs, const Unit& unit)
+      : problem_(problem), inputs_(inputs), unit_(unit), seen_(visible_keys_of_rows(unit.rule, 0, unit.rule.seqlen_q)) {}
 
-// [keys][dim words].
-template <class Operand>
-inline void pack_rows(const ConstTensor& tensor, const Unit& unit, KeyBlock keys, int dim, float* packed) {
-  const KeyRange seen = keys_seen(unit);
+  // In float32, zeros up to a whole panel: the row itself where it is that already, else in `buffer`.
+  const float* view_key(std::int32_t key, float* buffer) const {
+    return view(keys_of(problem_, inputs_), key, buffer);
+  }
+  const float* view_value(std::int32_t key, float* buffer) const {
+    return view(values_of(problem_, inputs_), key, buffer);
+  }
+  // All that a query is multiplied with: k, then v where a call has qv.
+  const float* view_scored(std::int32_t key, float* buffer) const {
+    const float* k = view_key(key, buffer);
+    if (!problem_.has_qv) return k;
+    float value[padded_head_dim];
+    const float* v = view_value(key, value);
+    if (k != buffer) std::memcpy(buffer, k, static_cast<std::size_t>(problem_.head_dim) * sizeof(float));
+    std::memcpy(buffer + problem_.head_dim, v, static_cast<std::size_t>(problem_.head_dim_v) * sizeof(float));
+    std::memset(buffer + problem_.scored_dims(), 0, dim_panel * sizeof(float));
+    return buffer;
+  }
+
+ private:
+  const float* view(const KeyTensor& source, std::int32_t key, float* buffer) const {
+    const auto zero_from = [&](int dim) {
+      std::memset(buffer + dim, 0, static_cast<std::size_t>(round_up(source.dim, dim_panel) - dim) * sizeof(float));
+    };
+    const bool seen = seen_.begin <= key && key < seen_.end;
+    const KeySlot slot = seen ? slot_of_key(problem_, inputs_, unit_.sequence, unit_.batch, key) : KeySlot{-1, 0};
+    if (!slot.exists()) {
+      zero_from(0);
+      return buffer;
+    }
+    const ConstTensor& tensor = *source.tensor;
+    if (!source.quantization->scales) {
+      return view_row(tensor, slot.offset(tensor.strides, unit_.kv_head), source.dim, buffer);
+    }
+    zero_from(source.dim);
+    switch (tensor.dtype) {
+      case DType::int8:
+        dequantize_row<DType::int8>(source, slot, unit_.kv_head, buffer);
+        break;
+      case DType::affine8:
+        dequantize_row<DType::affine8>(source, slot, unit_.kv_head, buffer);
+        break;
+      default:
+        dequantize_row<DType::affine4>(source, slot, unit_.kv_head, buffer);
+        break;
+    }
+    return buffer;
+  }
+
+  const AttentionProblem& problem_;
+  const AttentionInputs& inputs_;
+  const Unit& unit_;
+  KeyRange seen_;
+};
+
+// [keys][dim words]. view(key, buffer) gives a row.
+template <class Operand, class View>
+inline void pack_rows(KeyBlock keys, int dim, float* packed, View view) {
   float row[padded_head_dim];
   for (int i = 0; i < keys.size; ++i) {
-    pack_row<Operand>(view_key(tensor, unit, keys.begin + i, seen, dim, row), dim,
-                      packed + std::int64_t{i} * words<Operand>(dim));
+    pack_row<Operand>(view(keys.begin + i, row), dim, packed + std::int64_t{i} * words<Operand>(dim));
   }
 }
 
 // [dim panels][key words][dim_panel], each value through `change` first.
-template <class Operand, class Change>
-inline void pack_panels(const ConstTensor& tensor, const Unit& unit, KeyBlock keys, int dim, float* packed, Change change) {
-  const KeyRange seen = keys_seen(unit);
+template <class Operand, class View, class Change>
+inline void pack_panels(KeyBlock keys, int dim, float* packed, View view, Change change) {
   float buffers[Operand::per_word][padded_head_dim];
   for (int i = 0; i < keys.size; i += Operand::per_word) {
     const float* rows[Operand::per_word];
-    for (int n = 0; n < Operand::per_word; ++n) rows[n] = view_key(tensor, unit, keys.begin + i + n, seen, dim, buffers[n]);
+    for (int n = 0; n < Operand::per_word; ++n) rows[n] = view(keys.begin + i + n, buffers[n]);
     scatter_to_panels<Operand>(rows, dim, packed + std::int64_t{i / Operand::per_word} * dim_panel,
                                std::int64_t{words<Operand>(keys.size)} * dim_panel, change);
   }

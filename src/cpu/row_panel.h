@@ -48,14 +48,18 @@ struct RowPanel {
     vectors = (rows + lanes - 1) / lanes;
     some = {highest_int, lowest_int};
     all = {lowest_int, highest_int};
-    int next_query = row_begin / unit.group;
+    int next_query = row_begin % unit.rows_of_head() / unit.group;
     int next_member = row_begin % unit.group;
+    int next_head = unit.first_head + row_begin / unit.rows_of_head() * unit.group;
     for (int lane = 0; lane < width(); ++lane) {
       query[lane] = lane < rows ? next_query : query[rows - 1];
-      head[lane] = lane < rows ? unit.first_head + next_member : head[rows - 1];
+      head[lane] = lane < rows ? next_head + next_member : head[rows - 1];
       if (++next_member == unit.group) {
         next_member = 0;
-        ++next_query;
+        if (++next_query == unit.sequence.q.length) {
+          next_query = 0;
+          next_head += unit.group;
+        }
       }
       KeyRange keys = visible_keys(unit.rule, query[lane]);
       if (keys.begin >= keys.end) {

@@ -2,6 +2,7 @@
 // not use costs it nothing; one that it uses passes once over a tile in L1. A new feature is a new step.
 #pragma once
 
+#include "cpu/key_slot.h"
 #include "cpu/row_panel.h"
 #include "cpu/vector_math.h"
 #include "semantics/dropout.h"
@@ -18,7 +19,9 @@ struct ScoreTile {
 };
 
 struct ScoreContext {
+  const AttentionProblem* problem;
   const AttentionInputs* inputs;
+  const Unit* unit;
   ScoreScale scale;
   float* mask_rows;  // [lanes][key block], where attn_mask's rows become columns
   int mask_row_stride;
@@ -102,6 +105,16 @@ inline void attn_mask_step(const ScoreContext& context, const RowPanel& panel, c
   }
 }
 
+// Keys whose page does not exist.
+inline void missing_page_step(const ScoreContext& context, const RowPanel& panel, const ScoreTile& tile) {
+  for (int key = 0; key < tile.keys; ++key) {
+    const std::int32_t position = tile.key_begin + key;
+    if (position < panel.some.begin || position >= panel.some.end) continue;
+    if (slot_of_key(*context.problem, *context.inputs, context.unit->sequence, context.unit->batch, position).exists()) continue;
+    for (int v = 0; v < panel.vectors; ++v) store(tile.scores + key * tile.stride + v * lanes, minus_infinity());
+  }
+}
+
 // Causal, window, chunk and length at once. Needed only where the tile is not wholly visible.
 inline void visibility_step(const ScoreContext&, const RowPanel& panel, const ScoreTile& tile) {
   for_each_score(panel, tile, [&](Vec s, int key, int v) {
@@ -120,6 +133,7 @@ class ScoreSteps {
     if (problem.softcap > 0) add(softcap_step);
     if (inputs.alibi_slopes) add(alibi_step);
     if (inputs.attn_mask.data) add(attn_mask_step);
+    if (problem.page_size > 0) add(missing_page_step);
   }
 
   void apply(const ScoreContext& context, const RowPanel& panel, const ScoreTile& tile) const {
@@ -140,7 +154,7 @@ class ScoreSteps {
     visibility_step(context, panel, {tile.scores + (begin - tile.key_begin) * tile.stride, tile.stride, end - begin, begin});
   }
 
-  Step steps_[3] = {};
+  Step steps_[4] = {};
   int count_ = 0;
 };
 

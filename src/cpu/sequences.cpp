@@ -1,5 +1,6 @@
 #include "cpu/sequences.h"
 
+#include <algorithm>
 #include <cstring>
 
 namespace flash_attn::cpu {
@@ -19,7 +20,29 @@ Extent extent_of(const Lengths& lengths, std::int32_t batch, std::int32_t previo
                          lengths.max_seqlen, used);
 }
 
+// Leftpad comes off the front of what the cache holds, new keys are behind it. A row that the cache lacks holds nothing.
+Sequence cached_sequence(const AttentionProblem& problem, const AttentionInputs& inputs, std::int32_t batch, Extent q) {
+  const KeyCache& cache = inputs.cache;
+  const std::int32_t cache_row = cache.batch_idx ? cache.batch_idx[batch] : batch;
+  const std::int32_t cache_rows = problem.page_size ? problem.table_rows : problem.cache_rows;
+  if (cache_row < 0 || cache_row >= cache_rows) return {q, {0, 0}, 0};
+  const std::int64_t used = std::int64_t{keys_in_cache(problem, inputs, batch)} + new_keys_of(problem, inputs, batch).length;
+  const auto end = static_cast<std::int32_t>(std::min<std::int64_t>(used, problem.max_seqlen_k));
+  const std::int32_t begin = cache.leftpad ? clamp_to(cache.leftpad[batch], 0, end) : 0;
+  return {q, {begin, end - begin}, cache_row};
+}
+
 }  // namespace
+
+std::int32_t keys_in_cache(const AttentionProblem& problem, const AttentionInputs& inputs, std::int32_t batch) {
+  return inputs.seqused_k ? clamp_to(inputs.seqused_k[batch], 0, problem.max_seqlen_k) : problem.max_seqlen_k;
+}
+
+Extent new_keys_of(const AttentionProblem& problem, const AttentionInputs& inputs, std::int32_t batch) {
+  const std::int32_t* starts = inputs.cache.cu_seqlens_new;
+  if (!starts) return {0, problem.seqlen_new};
+  return sequence_extent(starts[batch], starts[batch + 1], 0, problem.total_new, problem.max_seqlen_k, problem.max_seqlen_k);
+}
 
 std::vector<Sequence> sequences_of(const AttentionProblem& problem, const AttentionInputs& inputs) {
   const Lengths q = {inputs.cu_seqlens_q, inputs.seqused_q, problem.total_q, problem.max_seqlen_q};
@@ -28,8 +51,10 @@ std::vector<Sequence> sequences_of(const AttentionProblem& problem, const Attent
   sequences.reserve(static_cast<std::size_t>(problem.batch));
   Sequence previous = {};
   for (std::int32_t batch = 0; batch < problem.batch; ++batch) {
-    const Sequence sequence = {extent_of(q, batch, previous.q.begin + previous.q.length),
-                               extent_of(k, batch, previous.k.begin + previous.k.length)};
+    const Extent rows = extent_of(q, batch, previous.q.begin + previous.q.length);
+    const Sequence sequence = problem.cached
+                                  ? cached_sequence(problem, inputs, batch, rows)
+                                  : Sequence{rows, extent_of(k, batch, previous.k.begin + previous.k.length), batch};
     sequences.push_back(sequence);
     previous = sequence;
   }
@@ -43,7 +68,7 @@ std::vector<Unit> units_of(const AttentionProblem& problem, const std::vector<Se
     const Sequence& sequence = sequences[batch];
     const MaskRule rule = problem.mask_rule(sequence.q.length, sequence.k.length);
     for (std::int32_t kv_head = 0; kv_head < problem.heads_k; ++kv_head) {
-      units.push_back({static_cast<std::int32_t>(batch), kv_head, kv_head * problem.group(), problem.group(), sequence, rule});
+      units.push_back({static_cast<std::int32_t>(batch), kv_head, 1, kv_head * problem.group(), problem.group(), sequence, rule});
     }
   }
   return units;

@@ -12,6 +12,12 @@ namespace flash_attn::cpu {
 /// One per batch item: cut to what exists, whatever cu_seqlens and seqused hold.
 std::vector<Sequence> sequences_of(const AttentionProblem& problem, const AttentionInputs& inputs);
 
+/// Slots that a sequence fills in its cache before new keys are appended, leftpad included; not above the capacity.
+std::int32_t keys_in_cache(const AttentionProblem& problem, const AttentionInputs& inputs, std::int32_t batch);
+
+/// Where a sequence's new keys lie in NewKeys; `begin` is 0 when they are not packed. No more than the capacity.
+Extent new_keys_of(const AttentionProblem& problem, const AttentionInputs& inputs, std::int32_t batch);
+
 /// One per (batch, kv head), kv heads of a batch item side by side.
 std::vector<Unit> units_of(const AttentionProblem& problem, const std::vector<Sequence>& sequences);
 

@@ -15,6 +15,7 @@ struct ScalarWords {
   static uint32 mul_hi(uint32 a, uint32 b) { return metal::mulhi(a, b); }
   static float tanh(float x) { return metal::precise::tanh(x); }
   static float abs(float x) { return metal::abs(x); }
+  static float round(float x) { return metal::rint(x); }  // to nearest, ties to even
 };
 }  // namespace flash_attn
 #else
@@ -35,6 +36,7 @@ struct ScalarWords {
   FA_FN uint32 mul_hi(uint32 a, uint32 b) { return static_cast<uint32>((static_cast<std::uint64_t>(a) * b) >> 32); }
   FA_FN float tanh(float x) { return ::tanhf(x); }
   FA_FN float abs(float x) { return x < 0.0f ? -x : x; }
+  FA_FN float round(float x) { return ::rintf(x); }  // to nearest, ties to even
 };
 }  // namespace flash_attn
 #endif

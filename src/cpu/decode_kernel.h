@@ -1,0 +1,268 @@
+// Forward of a few query rows over many keys (flash-decoding): K and V are read once, in the order of memory.
+//
+//   for each block of keys:
+//     for a few keys at a time, for each kv head:  S = K Q^T of the head's rows      [keys][rows of all heads], log2 units
+//     S = mask(ALiBi(softcap(S)));  online softmax over the rows of all heads       P, alpha
+//     for a few keys at a time, for each kv head:  O = alpha O + P V
+//   O = O / l, to the caller, or to a partial result when other tasks have the rest of the keys
+#pragma once
+
+#include "cpu/online_softmax.h"
+#include "cpu/pack.h"
+#include "cpu/row_dots.h"
+
+namespace flash_attn::cpu::FA_LEVEL {
+namespace {
+
+constexpr int decode_block = 10 * walk_keys;  // keys
+constexpr int value_walk = 8;                 // keys that share a load of O
+constexpr int max_decode_panels = (max_decode_rows + panel_rows - 1) / panel_rows;
+
+struct DecodeSizes {
+  int rows;
+  std::int64_t score_stride;  // floats, as all of these
+  std::int64_t q_stride;
+  std::int64_t qv_stride;  // 0: no qv
+  std::int64_t o_stride;
+
+  DecodeSizes(const AttentionProblem& problem, int unit_rows)
+      : rows(unit_rows),
+        score_stride(round_up(unit_rows, lanes)),
+        q_stride(round_up(problem.head_dim, lanes)),
+        qv_stride(problem.has_qv ? round_up(problem.head_dim_v, lanes) : 0),
+        o_stride(round_up(problem.head_dim_v, lanes)) {}
+
+  std::int64_t scores() const { return (decode_block + walk_keys) * score_stride; }
+  std::int64_t mask_rows() const { return std::int64_t{lanes} * round_up(decode_block, lanes); }
+  std::int64_t total() const { return scores() + mask_rows() + rows * (q_stride + qv_stride + o_stride) + score_stride; }
+};
+
+inline std::int64_t decode_scratch_size(const DecodePass& pass, std::int32_t rows) {
+  return DecodeSizes(*pass.problem, rows).total();
+}
+
+inline std::int64_t partial_row_size(const AttentionProblem& problem) { return round_up(problem.head_dim_v, lanes); }
+
+struct DecodeState {
+  DecodeSizes sizes;
+  int panel_count;
+  RowPanel panels[max_decode_panels];
+  SoftmaxState softmax[max_decode_panels];
+  float* scores;
+  float* mask_rows;
+  float* q;
+  float* qv;
+  float* o;
+  float* alpha;
+
+  DecodeState(const DecodePass& pass, const DecodeTask& task, float* scratch)
+      : sizes(*pass.problem, task.unit->packed_rows()), panel_count((sizes.rows + panel_rows - 1) / panel_rows) {
+    const auto take = [&scratch](std::int64_t size) { return (scratch += size) - size; };
+    scores = take(sizes.scores());
+    mask_rows = take(sizes.mask_rows());
+    q = take(sizes.rows * sizes.q_stride);
+    qv = take(sizes.rows * sizes.qv_stride);
+    o = take(sizes.rows * sizes.o_stride);
+    alpha = take(sizes.score_stride);
+    // The columns after the last row are computed with the others.
+    std::memset(scores, 0, static_cast<std::size_t>(sizes.scores()) * sizeof(float));
+    std::memset(o, 0, static_cast<std::size_t>(sizes.rows * sizes.o_stride) * sizeof(float));
+  }
+};
+
+inline void read_queries(const ConstTensor& tensor, const RowPanel& panel, const Unit& unit, int dim, std::int64_t stride,
+                         float* rows) {
+  for (int lane = 0; lane < panel.rows; ++lane, rows += stride) {
+    const std::int64_t offset = panel.offset(unit, tensor.strides, lane);
+    read_row(tensor.dtype, element(tensor.data, tensor.dtype, offset), tensor.strides.dim, dim, rows);
+    std::memset(rows + dim, 0, static_cast<std::size_t>(stride - dim) * sizeof(float));
+  }
+}
+
+inline void start_rows(const DecodePass& pass, const DecodeTask& task, DecodeState& state) {
+  const AttentionProblem& problem = *pass.problem;
+  const AttentionInputs& inputs = *pass.inputs;
+  const Unit& unit = *task.unit;
+  for (int i = 0; i < state.panel_count; ++i) {
+    const int row = i * panel_rows;
+    RowPanel& panel = state.panels[i];
+    panel = RowPanel(problem, inputs, unit, row, state.sizes.rows);
+    // One task has the sink; the others only have keys.
+    start_softmax(panel, task.split == 0 ? inputs.learnable_sink : nullptr, state.softmax[i]);
+    read_queries(inputs.q, panel, unit, problem.head_dim, state.sizes.q_stride, state.q + row * state.sizes.q_stride);
+    if (problem.has_qv) {
+      read_queries(inputs.qv, panel, unit, problem.head_dim_v, state.sizes.qv_stride, state.qv + row * state.sizes.qv_stride);
+    }
+  }
+}
+
+// A block of keys and where they lie; `walk_keys` more repeat the last one.
+struct KeySlots {
+  std::int32_t begin;
+  int count;
+  KeySlot slots[decode_block + walk_keys];
+
+  KeySlots(const DecodePass& pass, const Unit& unit, std::int32_t first, int keys) : begin(first), count(keys) {
+    for (int i = 0; i < keys + walk_keys; ++i) {
+      slots[i] = i < keys ? slot_of_key(*pass.problem, *pass.inputs, unit.sequence, unit.batch, begin + i) : slots[keys - 1];
+    }
+  }
+};
+
+template <DType dtype>
+inline void score_block(const DecodePass& pass, const Unit& unit, const KeySlots& keys, DecodeState& state) {
+  const AttentionProblem& problem = *pass.problem;
+  const float scale = ScoreScale(problem).query;
+  const KeyTensor k = keys_of(problem, *pass.inputs);
+  const KeyTensor v = values_of(problem, *pass.inputs);
+  const int rows = unit.rows_of_head();
+  const auto multiply = [&](const KeyTensor& source, const float* q, std::int64_t q_stride, bool add) {
+    for (int key = 0; key < keys.count; key += walk_keys) {
+      for (int head = 0; head < unit.kv_heads; ++head) {
+        KeyRow<dtype> key_rows[walk_keys];
+        for (int i = 0; i < walk_keys; ++i) key_rows[i] = KeyRow<dtype>(source, keys.slots[key + i], unit.kv_head + head);
+        for_each_row_tile(rows, [&](int tile, auto count) {
+          const int row = head * rows + tile;
+          dots<dtype, count>(key_rows, q + row * q_stride, q_stride, source.dim, scale, add,
+                             state.scores + key * state.sizes.score_stride + row, state.sizes.score_stride);
+        });
+      }
+    }
+  };
+  multiply(k, state.q, state.sizes.q_stride, false);
+  if (problem.has_qv) multiply(v, state.qv, state.sizes.qv_stride, true);
+}
+
+template <int N>
+inline void softmax_of_panel(const AttentionProblem& problem, const AttentionInputs& inputs, const RowPanel& panel,
+                             const ScoreTile& tile, SoftmaxState& state, float* alpha) {
+  softmax_tile<N>(tile, state, alpha);
+  if (problem.has_dropout) drop_probabilities(problem, inputs, panel, tile);
+}
+
+inline void softmax_block(const DecodePass& pass, const Unit& unit, const KeySlots& keys, const ScoreSteps& steps,
+                          DecodeState& state) {
+  const AttentionProblem& problem = *pass.problem;
+  const ScoreContext context = {&problem,        pass.inputs,                      &unit,  ScoreScale(problem),
+                                state.mask_rows, round_up(decode_block, lanes), nullptr};
+  for (int i = 0; i < state.panel_count; ++i) {
+    const RowPanel& panel = state.panels[i];
+    const ScoreTile tile = {state.scores + i * panel_rows, state.sizes.score_stride, keys.count, keys.begin};
+    float* alpha = state.alpha + i * panel_rows;
+    steps.apply(context, panel, tile);
+    switch (panel.vectors) {
+      case 1:
+        softmax_of_panel<1>(problem, *pass.inputs, panel, tile, state.softmax[i], alpha);
+        break;
+      case 2:
+        softmax_of_panel<2>(problem, *pass.inputs, panel, tile, state.softmax[i], alpha);
+        break;
+      default:
+        softmax_of_panel<3>(problem, *pass.inputs, panel, tile, state.softmax[i], alpha);
+        break;
+    }
+  }
+}
+
+template <DType dtype>
+inline void value_block(const DecodePass& pass, const Unit& unit, const KeySlots& keys, DecodeState& state) {
+  const KeyTensor v = values_of(*pass.problem, *pass.inputs);
+  const int rows = unit.rows_of_head();
+  for (int key = 0; key < keys.count; key += value_walk) {
+    const int count = min_of(value_walk, keys.count - key);
+    for (int head = 0; head < unit.kv_heads; ++head) {
+      KeyRow<dtype> value_rows[value_walk];
+      for (int i = 0; i < count; ++i) value_rows[i] = KeyRow<dtype>(v, keys.slots[key + i], unit.kv_head + head);
+      for_each_row_tile(rows, [&](int tile, auto tile_count) {
+        const int row = head * rows + tile;
+        add_values<dtype, tile_count>(value_rows, count, state.scores + key * state.sizes.score_stride + row,
+                                      state.sizes.score_stride, key == 0 ? state.alpha + row : nullptr, v.dim,
+                                      state.o + row * state.sizes.o_stride, state.sizes.o_stride);
+      });
+    }
+  }
+}
+
+inline void finish_rows(const DecodePass& pass, const DecodeTask& task, DecodeState& state) {
+  const AttentionProblem& problem = *pass.problem;
+  const auto dims = static_cast<int>(state.sizes.o_stride);
+  for (int i = 0; i < state.panel_count; ++i) {
+    const RowPanel& panel = state.panels[i];
+    for (int lane = 0; lane < panel.rows; ++lane) {
+      const int row = i * panel_rows + lane;
+      const RowEnd end = end_of_row(problem, state.softmax[i], lane);
+      float* o = state.o + row * state.sizes.o_stride;
+      scale_row(o, end.scale, dims);
+      if (task.partial.o) {
+        std::memcpy(task.partial.o + row * state.sizes.o_stride, o, static_cast<std::size_t>(dims) * sizeof(float));
+        task.partial.lse_log2[row] = end.lse_log2;
+      } else {
+        write_result(problem, *pass.outputs, panel, *task.unit, lane, o, end.lse_log2);
+      }
+    }
+  }
+}
+
+template <DType dtype>
+inline void decode_rows(const DecodePass& pass, const DecodeTask& task, float* scratch) {
+  const Unit& unit = *task.unit;
+  const ScoreSteps steps(*pass.problem, *pass.inputs);
+  DecodeState state(pass, task, scratch);
+  start_rows(pass, task, state);
+  for (std::int32_t begin = task.keys.begin; begin < task.keys.end; begin += decode_block) {
+    const KeySlots keys(pass, unit, begin, min_of(decode_block, task.keys.end - begin));
+    score_block<dtype>(pass, unit, keys, state);
+    softmax_block(pass, unit, keys, steps, state);
+    value_block<dtype>(pass, unit, keys, state);
+  }
+  finish_rows(pass, task, state);
+}
+
+inline void decode(const DecodePass& pass, const DecodeTask& task, float* scratch) {
+  switch (pass.inputs->k.dtype) {
+    case DType::float32:
+      return decode_rows<DType::float32>(pass, task, scratch);
+    case DType::bfloat16:
+      return decode_rows<DType::bfloat16>(pass, task, scratch);
+    case DType::float16:
+      return decode_rows<DType::float16>(pass, task, scratch);
+    case DType::int8:
+      return decode_rows<DType::int8>(pass, task, scratch);
+    case DType::affine8:
+      return decode_rows<DType::affine8>(pass, task, scratch);
+    default:
+      return decode_rows<DType::affine4>(pass, task, scratch);
+  }
+}
+
+// out = sum over parts of 2^(lse - max) O, over the sum of the weights. A row's parts are added in the order of their keys.
+inline void combine_partials(const DecodePass& pass, const Unit& unit, const Partial* parts, std::int32_t count) {
+  const AttentionProblem& problem = *pass.problem;
+  const int dims = round_up(problem.head_dim_v, lanes);
+  float sum_of_row[padded_head_dim];
+  for (int first = 0; first < unit.packed_rows(); first += panel_rows) {
+    const RowPanel panel(problem, *pass.inputs, unit, first, unit.packed_rows());
+    for (int lane = 0; lane < panel.rows; ++lane) {
+      const int row = first + lane;
+      float maximum = lowest_score;
+      for (std::int32_t i = 0; i < count; ++i) {
+        maximum = parts[i].lse_log2[row] > maximum ? parts[i].lse_log2[row] : maximum;
+      }
+      float total = 0.0f;
+      std::memset(sum_of_row, 0, static_cast<std::size_t>(dims) * sizeof(float));
+      for (std::int32_t i = 0; i < count; ++i) {
+        const float weight = __builtin_exp2f(parts[i].lse_log2[row] - maximum);
+        if (weight == 0.0f) continue;
+        total += weight;
+        const float* o = parts[i].o + std::int64_t{row} * dims;
+        for (int d = 0; d < dims; d += lanes) store(sum_of_row + d, load(sum_of_row + d) + load(o + d) * weight);
+      }
+      scale_row(sum_of_row, total == 0.0f ? 0.0f : 1.0f / total, dims);
+      const float lse_log2 = total == 0.0f ? -__builtin_inff() : maximum + __builtin_log2f(total);
+      write_result(problem, *pass.outputs, panel, unit, lane, sum_of_row, lse_log2);
+    }
+  }
+}
+
+}  // namespace
+}  // namespace flash_attn::cpu::FA_LEVEL

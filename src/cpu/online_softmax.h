@@ -1,0 +1,85 @@
+// The online softmax of a panel of rows (FlashAttention-2, algorithm 1), and what becomes of a row at its end.
+#pragma once
+
+#include "cpu/score_steps.h"
+
+namespace flash_attn::cpu::FA_LEVEL {
+namespace {
+
+// m and l of a panel's rows, log2 units.
+struct SoftmaxState {
+  alignas(64) float m[panel_rows];
+  alignas(64) float l[panel_rows];
+};
+
+// A sink is a key that was seen before all others, whose value is 0.
+inline void start_softmax(const RowPanel& panel, const float* learnable_sink, SoftmaxState& state) {
+  for (int lane = 0; lane < panel.width(); ++lane) {
+    const float sink = learnable_sink ? learnable_sink[panel.head[lane]] * log2_e : -__builtin_inff();
+    state.m[lane] = sink > lowest_score ? sink : lowest_score;
+    state.l[lane] = sink > lowest_score ? 1.0f : 0.0f;
+  }
+}
+
+// Turns S into P, updates m and l, gives alpha.
+template <int N>
+inline void softmax_tile(const ScoreTile& tile, SoftmaxState& state, float* alpha) {
+  Vec maximum[N];
+  Vec minus_maximum[N];
+  Vec sum[N] = {};
+  for (int n = 0; n < N; ++n) maximum[n] = load(state.m + n * lanes);
+  for (int key = 0; key < tile.keys; ++key) {
+    for (int n = 0; n < N; ++n) maximum[n] = larger_of(load(tile.scores + key * tile.stride + n * lanes), maximum[n]);
+  }
+  for (int n = 0; n < N; ++n) {
+    minus_maximum[n] = -maximum[n];
+    store(alpha + n * lanes, exp2_of(load(state.m + n * lanes) + minus_maximum[n]));
+    store(state.m + n * lanes, maximum[n]);
+  }
+  for (int key = 0; key < tile.keys; ++key) {
+    float* row = tile.scores + key * tile.stride;
+    for (int n = 0; n < N; ++n) {
+      const Vec p = exp2_of(load(row + n * lanes) + minus_maximum[n]);
+      sum[n] += p;
+      store(row + n * lanes, p);
+    }
+  }
+  for (int n = 0; n < N; ++n) store(state.l + n * lanes, load(state.l + n * lanes) * load(alpha + n * lanes) + sum[n]);
+}
+
+// Drops probabilities of a tile; the survivors are scaled when the row is finished.
+inline void drop_probabilities(const AttentionProblem& problem, const AttentionInputs& inputs, const RowPanel& panel,
+                               const ScoreTile& tile) {
+  visit_dropout(problem, inputs.dropout_key, panel, tile.key_begin, tile.keys, [&](int key, int n, IVec keep) {
+    float* p = tile.scores + key * tile.stride + n * lanes;
+    store(p, from_bits(bits_of(load(p)) & keep));
+  });
+}
+
+// What is left to do to a row of O, and its lse in log2 units. A row that saw nothing gives 0 and -inf.
+struct RowEnd {
+  float scale;
+  float lse_log2;
+};
+
+inline RowEnd end_of_row(const AttentionProblem& problem, const SoftmaxState& state, int lane) {
+  const float sum = state.l[lane];
+  if (sum == 0.0f) return {0.0f, -__builtin_inff()};
+  return {problem.dropout_scale / sum, state.m[lane] + __builtin_logf(sum) * log2_e};
+}
+
+inline void scale_row(float* row, float scale, int dims) {
+  for (int d = 0; d < dims; d += lanes) store(row + d, load(row + d) * scale);
+}
+
+// A finished row, dims padded to whole vectors, to the caller's arrays.
+inline void write_result(const AttentionProblem& problem, const ForwardOutputs& outputs, const RowPanel& panel, const Unit& unit,
+                         int lane, const float* row, float lse_log2) {
+  const Tensor& out = outputs.out;
+  write_row(out.dtype, element(out.data, out.dtype, panel.offset(unit, out.strides, lane)), out.strides.dim, problem.head_dim_v,
+            row);
+  outputs.lse[panel.offset(unit, outputs.lse_strides, lane)] = lse_log2 * ln_2;
+}
+
+}  // namespace
+}  // namespace flash_attn::cpu::FA_LEVEL
