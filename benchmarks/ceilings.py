@@ -35,13 +35,16 @@ class Ceilings:
     level: str  # the ISA level that our kernels use
     gflops: dict[str, float] = field(default_factory=dict)
     read_gbs: float = 0.0
+    read_bytes: int = 0  # how much memory that was measured over, several times the last-level cache
 
     def measure(self, read: bool = False) -> None:
         command = [str(self.program), "--threads", str(self.threads)] + ([] if read else ["--no-read"])
         found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
         for level, value in found["gflops"].items():
             self.gflops[level] = max(value, self.gflops.get(level, 0.0))
-        self.read_gbs = max(self.read_gbs, found.get("read_gbs", 0.0))
+        if read:
+            self.read_gbs = max(self.read_gbs, found["read_gbs"])
+            self.read_bytes = found["read_bytes"]
 
     @property
     def fma_gflops(self) -> float:

@@ -9,7 +9,7 @@ struct Level {
   const char* name;
   // Runs `steps` multiply-adds on every accumulator, from registers only, and returns the operations done, 2 a multiply-add.
   double (*multiply_add)(std::int64_t steps);
-  // Reads count floats, a multiple of 1024 bytes aligned to 64, and returns something that depends on all of them; null where
+  // Reads count floats, a multiple of 4096 bytes aligned to 64, and returns something that depends on all of them; null where
   // a level is there for its multiply-add alone.
   float (*read)(const float* data, std::int64_t count);
 };

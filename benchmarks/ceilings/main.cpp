@@ -1,5 +1,5 @@
-// flash_attn_ceilings [--threads N] [--no-read]: prints JSON, GFLOP/s of multiply-adds for every level of this processor and
-// GB/s read.
+// flash_attn_ceilings [--threads N] [--no-read]: prints JSON, GFLOP/s of multiply-adds for every level of this processor, and
+// GB/s read from so many bytes of memory.
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -35,6 +35,9 @@ int main(int argc, char** argv) {
     if (level->read) reader = level;
   }
   std::printf("}");
-  if (measure_read) std::printf(", \"read_gbs\": %.1f", read_gigabytes_per_second(*reader, threads));
+  if (measure_read) {
+    const ReadRate read = read_rate(*reader, threads);
+    std::printf(", \"read_gbs\": %.2f, \"read_bytes\": %lld", read.gigabytes_per_second, static_cast<long long>(read.bytes));
+  }
   std::printf("}\n");
 }

@@ -1,5 +1,7 @@
 #include "ceilings/measure.h"
 
+#include <unistd.h>
+
 #include <algorithm>
 #include <barrier>
 #include <chrono>
@@ -12,7 +14,7 @@ namespace {
 
 double seconds_now() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
 
-/// Largest work / seconds of `bursts`, all threads starting each together; `burst(thread)` returns the work it did.
+/// Largest work / seconds of `bursts`, all threads starting each together; `burst(thread, i)` returns the work it did.
 template <class Burst>
 double best_rate(int threads, int bursts, Burst burst) {
   double best = 0.0;
@@ -27,7 +29,7 @@ double best_rate(int threads, int bursts, Burst burst) {
   auto run = [&](int thread) {
     for (int i = 0; i < bursts; ++i) {
       start.arrive_and_wait();
-      work[thread] = burst(thread);
+      work[thread] = burst(thread, i);
       finish.arrive_and_wait();
     }
   };
@@ -41,6 +43,22 @@ double best_rate(int threads, int bursts, Burst burst) {
 struct FreeMemory {
   void operator()(float* data) const { std::free(data); }
 };
+
+/// 0 where the system does not tell.
+std::int64_t last_level_cache_bytes() {
+#if defined(_SC_LEVEL3_CACHE_SIZE)
+  return std::max<std::int64_t>(0, sysconf(_SC_LEVEL3_CACHE_SIZE));
+#else
+  return 0;
+#endif
+}
+
+/// A server's L3 can be hundreds of MiB, and keeps a part of anything not several times as large.
+std::int64_t bytes_beyond_any_cache() {
+  constexpr std::int64_t gibibyte = std::int64_t{1} << 30;
+  const std::int64_t memory = static_cast<std::int64_t>(sysconf(_SC_PHYS_PAGES)) * sysconf(_SC_PAGESIZE);
+  return std::min(std::max(gibibyte, 4 * last_level_cache_bytes()), memory / 8);
+}
 
 }  // namespace
 
@@ -61,25 +79,29 @@ std::vector<const Level*> runnable_levels() {
 
 double multiply_add_gflops(const Level& level, int threads) {
   constexpr std::int64_t steps_of_a_few_milliseconds = 1'000'000;
-  return best_rate(threads, 30, [&](int) { return level.multiply_add(steps_of_a_few_milliseconds); }) * 1e-9;
+  return best_rate(threads, 30, [&](int, int) { return level.multiply_add(steps_of_a_few_milliseconds); }) * 1e-9;
 }
 
-double read_gigabytes_per_second(const Level& level, int threads) {
-  constexpr std::int64_t bytes_beyond_any_cache = 256 << 20;
-  constexpr std::int64_t chunk = 1024;  // floats; every thread's share is a whole number of them
-  const std::int64_t share = bytes_beyond_any_cache / 4 / threads / chunk * chunk;
-  const std::int64_t count = share * threads;
-  const std::unique_ptr<float, FreeMemory> data(static_cast<float*>(std::aligned_alloc(64, count * sizeof(float))));
-  if (!data) return 0.0;
+ReadRate read_rate(const Level& level, int threads) {
+  constexpr std::int64_t burst_bytes = 128 << 20;  // some milliseconds, as a call whose speed is compared with this
+  constexpr int passes = 3;
+  const auto bursts = static_cast<int>(std::max<std::int64_t>(1, bytes_beyond_any_cache() / burst_bytes));
+  constexpr std::int64_t chunk = 1024;  // floats; every thread's share of a burst is a whole number of them
+  const std::int64_t share = burst_bytes / static_cast<std::int64_t>(sizeof(float)) / threads / chunk * chunk;
+  const std::int64_t count = share * threads * bursts;
+  const std::int64_t bytes = count * static_cast<std::int64_t>(sizeof(float));
+  const std::unique_ptr<float, FreeMemory> data(static_cast<float*>(std::aligned_alloc(64, bytes)));
+  if (!data) return {0.0, 0};
   std::fill_n(data.get(), count, 1.0f);
   std::vector<float> sums(threads);
-  const double rate = best_rate(threads, 5, [&](int thread) {
-    sums[thread] = level.read(data.get() + share * thread, share);
+  // Each burst reads the next part, so that all the others lie between two reads of one.
+  const double rate = best_rate(threads, passes * bursts, [&](int thread, int i) {
+    sums[thread] = level.read(data.get() + (i % bursts * threads + thread) * share, share);
     return static_cast<double>(share) * sizeof(float);
   });
   volatile float used = 0.0f;
   for (float sum : sums) used = used + sum;
-  return rate * 1e-9;
+  return {rate * 1e-9, bytes};
 }
 
 }  // namespace flash_attn::ceilings

@@ -1,6 +1,7 @@
 // Best of many short bursts on all threads: the machine may be shared, and a burst that nobody disturbed shows its limit.
 #pragma once
 
+#include <cstdint>
 #include <vector>
 
 #include "ceilings/level.h"
@@ -11,6 +12,13 @@ namespace flash_attn::ceilings {
 std::vector<const Level*> runnable_levels();
 
 double multiply_add_gflops(const Level& level, int threads);
-double read_gigabytes_per_second(const Level& level, int threads);
+
+struct ReadRate {
+  double gigabytes_per_second;
+  std::int64_t bytes;  // that the bursts walk through
+};
+
+/// Of memory, not of a cache: over 1 GiB or four times the last-level cache, whichever is more, within an eighth of the memory.
+ReadRate read_rate(const Level& level, int threads);
 
 }  // namespace flash_attn::ceilings
