@@ -11,6 +11,7 @@
 #include <tuple>
 #include <utility>
 
+#include "bindings.h"
 #include "flash_attn/attention.h"
 #include "flash_attn/device.h"
 #include "mlx/mlx.h"
@@ -113,4 +114,5 @@ NB_MODULE(_core, module) {
   module.def("can_use_mlx_sdpa", flash_attn::can_use_mlx_sdpa);
   module.def("isa_level", flash_attn::isa_level);
   module.def("num_threads", flash_attn::num_threads);
+  bind_kv_cache(module);
 }
