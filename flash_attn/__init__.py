@@ -1,6 +1,8 @@
 """flash-attention's API on MLX arrays. The same functions as `flash_attn.flash_attn_mlx`."""
 
 from .flash_attn_mlx import (
+    OutOfPages,
+    PagedKVCache,
     _can_use_mlx_sdpa,
     _route,
     flash_attention_mlx,
@@ -11,6 +13,7 @@ from .flash_attn_mlx import (
     flash_attn_varlen_func,
     flash_attn_varlen_kvpacked_func,
     flash_attn_varlen_qkvpacked_func,
+    flash_attn_with_kvcache,
 )
 from .flash_attn_mlx._build_info import VERSION as __version__
 
@@ -26,4 +29,7 @@ __all__ = [
     "flash_attn_varlen_func",
     "flash_attn_varlen_kvpacked_func",
     "flash_attn_varlen_qkvpacked_func",
+    "flash_attn_with_kvcache",
+    "OutOfPages",
+    "PagedKVCache",
 ]

@@ -14,6 +14,7 @@
 #include "bindings.h"
 #include "flash_attn/attention.h"
 #include "flash_attn/device.h"
+#include "flash_attn/kvcache_attention.h"
 #include "mlx/mlx.h"
 
 namespace nb = nanobind;
@@ -24,6 +25,7 @@ namespace {
 
 using flash_attn::AttentionOptions;
 using flash_attn::AttentionResult;
+using flash_attn::KVCacheArguments;
 
 void translate_errors() {
   nb::register_exception_translator([](const std::exception_ptr& pointer, void*) {
@@ -61,8 +63,8 @@ void bind_options(nb::module_& module) {
              std::pair<int, int> window_size, double softcap, std::optional<mx::array> alibi_slopes, bool deterministic,
              bool return_attn_probs, std::optional<mx::array> learnable_sink, std::optional<mx::array> attn_mask,
              std::optional<mx::array> qv, int attention_chunk, std::optional<mx::array> seqused_q,
-             std::optional<mx::array> seqused_k, std::optional<mx::array> dropout_key, int num_splits, bool return_softmax_lse,
-             mx::StreamOrDevice stream) {
+             std::optional<mx::array> seqused_k, std::optional<mx::array> dropout_key, int num_splits,
+             std::optional<mx::array> block_table, bool return_softmax_lse, mx::StreamOrDevice stream) {
             new (self) AttentionOptions{.dropout_p = dropout_p,
                                         .softmax_scale = softmax_scale,
                                         .causal = causal,
@@ -79,13 +81,62 @@ void bind_options(nb::module_& module) {
                                         .seqused_k = std::move(seqused_k),
                                         .dropout_key = std::move(dropout_key),
                                         .num_splits = num_splits,
+                                        .block_table = std::move(block_table),
                                         .return_softmax_lse = return_softmax_lse,
                                         .stream = stream};
           },
           nb::kw_only(), "dropout_p"_a, "softmax_scale"_a.none(), "causal"_a, "window_size"_a, "softcap"_a,
           "alibi_slopes"_a.none(), "deterministic"_a, "return_attn_probs"_a, "learnable_sink"_a.none(), "attn_mask"_a.none(),
           "qv"_a.none(), "attention_chunk"_a, "seqused_q"_a.none(), "seqused_k"_a.none(), "dropout_key"_a.none(),
-          "num_splits"_a, "return_softmax_lse"_a, "stream"_a.none());
+          "num_splits"_a, "block_table"_a.none(), "return_softmax_lse"_a, "stream"_a.none());
+}
+
+void bind_kvcache_arguments(nb::module_& module) {
+  nb::class_<KVCacheArguments>(module, "KVCacheArguments")
+      .def(
+          "__init__",
+          [](KVCacheArguments* self, std::optional<mx::array> k, std::optional<mx::array> v, std::optional<mx::array> rotary_cos,
+             std::optional<mx::array> rotary_sin, bool rotary_interleaved, std::optional<mx::array> cache_seqlens,
+             std::optional<mx::array> cache_batch_idx, std::optional<mx::array> cache_leftpad,
+             std::optional<mx::array> cu_seqlens_q, std::optional<int> max_seqlen_q, std::optional<mx::array> cu_seqlens_k_new,
+             std::optional<mx::array> rotary_seqlens) {
+            new (self) KVCacheArguments{.k = std::move(k),
+                                        .v = std::move(v),
+                                        .rotary_cos = std::move(rotary_cos),
+                                        .rotary_sin = std::move(rotary_sin),
+                                        .rotary_interleaved = rotary_interleaved,
+                                        .cache_seqlens = std::move(cache_seqlens),
+                                        .cache_batch_idx = std::move(cache_batch_idx),
+                                        .cache_leftpad = std::move(cache_leftpad),
+                                        .cu_seqlens_q = std::move(cu_seqlens_q),
+                                        .max_seqlen_q = max_seqlen_q,
+                                        .cu_seqlens_k_new = std::move(cu_seqlens_k_new),
+                                        .rotary_seqlens = std::move(rotary_seqlens)};
+          },
+          nb::kw_only(), "k"_a.none(), "v"_a.none(), "rotary_cos"_a.none(), "rotary_sin"_a.none(), "rotary_interleaved"_a,
+          "cache_seqlens"_a.none(), "cache_batch_idx"_a.none(), "cache_leftpad"_a.none(), "cu_seqlens_q"_a.none(),
+          "max_seqlen_q"_a.none(), "cu_seqlens_k_new"_a.none(), "rotary_seqlens"_a.none());
+}
+
+/// A cache is passed as its parts (data, scales, biases): references to the caller's arrays, which an append changes.
+void bind_kvcache(nb::module_& module) {
+  bind_kvcache_arguments(module);
+  module.def(
+      "flash_attn_with_kvcache",
+      [](const mx::array& q, mx::array& k, mx::array* k_scales, mx::array* k_biases, mx::array& v, mx::array* v_scales,
+         mx::array* v_biases, const KVCacheArguments& arguments, const AttentionOptions& options) {
+        return tuple_of(flash_attn::flash_attn_with_kvcache(q, {k, k_scales, k_biases}, {v, v_scales, v_biases}, arguments, options));
+      },
+      nb::arg(), nb::arg(), nb::arg().none(), nb::arg().none(), nb::arg(), nb::arg().none(), nb::arg().none(), nb::arg(),
+      nb::arg());
+  module.def(
+      "update_paged_kv_cache",
+      [](mx::array& k_cache, mx::array& v_cache, const mx::array& new_k, const mx::array& new_v, const mx::array& block_table,
+         const mx::array& cache_seqlens, mx::StreamOrDevice stream) {
+        return flash_attn::update_paged_kv_cache({k_cache}, {v_cache}, new_k, new_v, block_table, cache_seqlens, stream);
+      },
+      nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg().none());
+  module.def("validate_paged_kv_params", flash_attn::validate_paged_kv_params);
 }
 
 /// Every attention function takes some arrays and sizes, then the options, and returns (out, lse, S_dmask, route).
@@ -99,6 +150,7 @@ void bind_attention(nb::module_& module, const char* name, AttentionResult (*fun
 NB_MODULE(_core, module) {
   translate_errors();
   bind_options(module);
+  bind_kvcache(module);
   bind_attention(module, "flash_attn_func", flash_attn::flash_attn_func);
   bind_attention(module, "flash_attn_qkvpacked_func", flash_attn::flash_attn_qkvpacked_func);
   bind_attention(module, "flash_attn_kvpacked_func", flash_attn::flash_attn_kvpacked_func);

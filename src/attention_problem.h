@@ -33,14 +33,15 @@ struct AttentionProblem {
   std::int32_t total_q = 0;  // varlen only
   std::int32_t total_k = 0;
 
-  // Keys in a cache: k [cache_rows, max_seqlen_k, heads_k, head_dim], or in pages [cache_rows, page_size, heads_k, head_dim] that
-  // a table of `table_rows` rows lists, max_seqlen_k / page_size entries each. Only q may then be packed.
+  // Keys in a cache: k [cache_rows, max_seqlen_k, heads_k, head_dim], or in pages [cache_rows, page_size, heads_k, head_dim]
+  // that a table [table_rows, table_blocks] lists. Only q may then be packed.
   bool cached = false;
   std::int32_t cache_rows = 0;
   std::int32_t page_size = 0;  // 0: not paged
   std::int32_t table_rows = 0;
-  std::int32_t seqlen_new = 0;  // keys appended to each sequence before attention; packed ones: a bound
-  std::int32_t total_new = 0;   // packed new keys only
+  std::int32_t table_blocks = 0;
+  std::int32_t seqlen_new = 0;  // keys appended to each sequence before attention
+  std::int32_t total_new = 0;   // of all sequences, where new keys are packed
   bool has_qv = false;          // the score is q.k + qv.v
 
   std::int32_t rotary_dim = 0;  // leading dims of q and k that are rotated; 0: none
@@ -62,7 +63,12 @@ struct AttentionProblem {
 
   std::int32_t group() const { return heads_q / heads_k; }
   std::int32_t scored_dims() const { return head_dim + (has_qv ? head_dim_v : 0); }
-  std::int32_t table_blocks() const { return max_seqlen_k / page_size; }
+
+  // Keys that a sequence in a cache can have.
+  std::int32_t key_capacity() const {
+    const std::int64_t slots = std::int64_t{table_blocks} * page_size;
+    return page_size > 0 && slots < max_seqlen_k ? static_cast<std::int32_t>(slots) : max_seqlen_k;
+  }
 
   MaskRule mask_rule(std::int32_t seqlen_q, std::int32_t seqlen_k) const {
     return {seqlen_q, seqlen_k, window_left, causal_window_right(causal, window_right), attention_chunk};

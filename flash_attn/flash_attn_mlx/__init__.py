@@ -17,6 +17,8 @@ from .interface import (  # noqa: E402  (only after the compiled module is known
     flash_attn_varlen_kvpacked_func,
     flash_attn_varlen_qkvpacked_func,
 )
+from .kvcache import flash_attn_with_kvcache  # noqa: E402
+from .paged_cache import OutOfPages, PagedKVCache  # noqa: E402
 
 __all__ = [
     "_can_use_mlx_sdpa",
@@ -29,4 +31,7 @@ __all__ = [
     "flash_attn_varlen_func",
     "flash_attn_varlen_kvpacked_func",
     "flash_attn_varlen_qkvpacked_func",
+    "flash_attn_with_kvcache",
+    "OutOfPages",
+    "PagedKVCache",
 ]

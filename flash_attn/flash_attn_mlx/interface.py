@@ -36,7 +36,7 @@ def _warn_of_reference() -> None:
         "flash_attn has no GPU kernel in this build: this call is computed by MLX ops in O(seqlen_q * seqlen_k) memory. "
         "_route(...) says why; stream=mx.cpu runs the fused CPU kernel. Said once.",
         RuntimeWarning,
-        stacklevel=4,
+        stacklevel=5,
     )
 
 
@@ -46,9 +46,9 @@ def _call(function: Callable[..., Result], arguments: tuple[str, ...], given: di
     return function(*values, attention_options(**given))
 
 
-def _attention(function: Callable[..., _core.Results], arguments: tuple[str, ...], given: dict[str, Any]) -> Attention:
-    return_attn_probs, return_softmax_lse = given["return_attn_probs"], given["return_softmax_lse"]
-    out, lse, S_dmask, route = _call(function, arguments, given)
+def wanted_results(results: _core.Results, *, return_softmax_lse: bool, return_attn_probs: bool = False) -> Attention:
+    """What a caller asked for, of (out, lse, S_dmask, route); called by a function that the user called, or by one between."""
+    out, lse, S_dmask, route = results
     if route == "reference":
         _warn_of_reference()
     if return_attn_probs:
@@ -56,6 +56,11 @@ def _attention(function: Callable[..., _core.Results], arguments: tuple[str, ...
     if return_softmax_lse:
         return out, lse
     return out
+
+
+def _attention(function: Callable[..., _core.Results], arguments: tuple[str, ...], given: dict[str, Any]) -> Attention:
+    wanted = {name: given[name] for name in ("return_softmax_lse", "return_attn_probs")}
+    return wanted_results(_call(function, arguments, given), **wanted)
 
 
 def flash_attn_func(
@@ -111,7 +116,7 @@ def flash_attn_func(
         dropout_key: uint32 (2,), as mx.random.key gives: the same key, the same mask. None draws one from mx.random; then
             mx.compile needs inputs=mx.random.state and outputs=mx.random.state, and under mx.checkpoint, which runs the
             function twice, a key must be passed.
-        num_splits: accepted; a hint for decoding.
+        num_splits: parts of the keys that are computed apart and combined, where few queries meet many keys; 0: by shape.
         return_softmax_lse: also return the LSE.
         stream: where to compute; None is MLX's default.
         pack_gqa, sm_margin, scheduler_metadata: accepted and ignored, they tune CUDA kernels.
@@ -250,14 +255,16 @@ def flash_attn_varlen_func(
         max_seqlen_q, max_seqlen_k: bounds of every sequence's length. Values of cu_seqlens are checked when they are already
             computed; else what exceeds the tensor or these bounds is not read.
         attn_mask: broadcastable to (batch, heads, max_seqlen_q, max_seqlen_k); positions count within a sequence.
-        block_table: must be None.
+        block_table: int32 (batch, blocks): k and v are then pages (pages, page_size, heads_k, head_dim), key j of sequence b is
+            row j % page_size of page block_table[b, j // page_size]; cu_seqlens_k says how many keys each has, or seqused_k.
+            An entry of -1 hides its keys. Forward only.
 
     Returns:
         As flash_attn_func, with lse (heads, total_q) and S_dmask (batch, heads, max_seqlen_q, max_seqlen_k). Rows of no
         sequence have out 0 and lse -inf.
 
     Raises:
-        NotImplementedError: block_table is given.
+        NotImplementedError: a gradient is asked for, and block_table is given.
 
     Other arguments and errors: flash_attn_func.
     """
@@ -375,7 +382,8 @@ def flash_attention_mlx(
     """The routed entry point: our kernel, MLX's own SDPA where that is faster and means the same, or the reference.
 
     FLASH_ATTENTION_MLX_REF=1 forces the reference, FLASH_ATTENTION_MLX_ROUTE (auto, sdpa, kernel) overrides the choice; both
-    are read at every call. Arguments, results and errors: flash_attn_func; block_table must be None.
+    are read at every call. Arguments, results and errors: flash_attn_func. With block_table, int32 (batch, blocks), k and v are
+    pages (pages, page_size, heads_k, head_dim), of which seqused_k says how many keys each sequence has (None: all); no gradient.
     """
     return _attention(_core.flash_attn_func, ("q", "k", "v"), locals())
 

@@ -80,3 +80,25 @@ def warn_if_upstream_is_installed() -> None:
                 stacklevel=2,
             )
             return
+
+
+def validate_paged_kv_params(
+    k_cache: mx.array, v_cache: mx.array, block_table: mx.array, cache_seqlens: mx.array, seqlen_new: int = 0
+) -> None:
+    """Checks a paged cache before `seqlen_new` tokens are appended to each sequence, values too: evaluates both int32 arrays.
+
+    Args:
+        k_cache: (pages, page_size, heads_k, head_dim).
+        v_cache: (pages, page_size, heads_k, head_dim_v), k_cache's dtype.
+        block_table: int32 (batch, blocks), -1 where a sequence has no page; entries past its length may hold anything.
+        cache_seqlens: int32 (batch,).
+        seqlen_new: tokens to append.
+
+    Raises:
+        TypeError, ValueError: what flash_attn_with_kvcache refuses; the message names the argument, what it got and what it needs.
+    """
+    from .options import integer, required_array
+
+    arrays = {"k_cache": k_cache, "v_cache": v_cache, "block_table": block_table, "cache_seqlens": cache_seqlens}
+    values = [required_array(name, array) for name, array in arrays.items()]
+    load_core().validate_paged_kv_params(*values, integer("seqlen_new", seqlen_new))

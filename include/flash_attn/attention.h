@@ -46,8 +46,10 @@ struct AttentionOptions {
   std::optional<mx::array> seqused_q;       // int32 (batch,): tokens in use of each sequence
   std::optional<mx::array> seqused_k;
   std::optional<mx::array> dropout_key;  // uint32 (2,), as mlx::core::random::key gives; needed when dropout_p > 0
-  int num_splits = 0;                    // accepted; a hint for decoding
-  bool return_softmax_lse = false;       // lse will be read: never routed to MLX's SDPA, which has none
+  int num_splits = 0;                    // of the keys, where few queries are spread over many; 0: chosen by shape
+  std::optional<mx::array>
+      block_table;                  // int32 (batch, blocks): k and v are pages (pages, page_size, heads_k, dim); no gradient
+  bool return_softmax_lse = false;  // lse will be read: never routed to MLX's SDPA, which has none
   mx::StreamOrDevice stream = {};
 };
 

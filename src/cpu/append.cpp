@@ -32,7 +32,7 @@ std::vector<NewRows> new_rows(const AttentionProblem& problem, const AttentionIn
     if (cache_row < 0 || cache_row >= cache_rows) continue;
     const std::int32_t first_slot = keys_in_cache(problem, inputs, batch);
     Extent rows = new_keys_of(problem, inputs, batch);
-    rows.length = std::min(rows.length, problem.max_seqlen_k - first_slot);
+    rows.length = std::min(rows.length, problem.key_capacity() - first_slot);
     sequences.push_back({inputs.cache.cu_seqlens_new ? 0 : batch, cache_row, first_slot, rows,
                          rotary_base(problem, inputs, rotary, batch)});
   }

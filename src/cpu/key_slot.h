@@ -23,7 +23,7 @@ static inline KeySlot cache_slot(const AttentionProblem& problem, const KeyCache
                                  std::int32_t slot) {
   if (problem.page_size == 0) return {cache_row, slot};
   const PageSlot place = page_slot(slot, problem.page_size);
-  const std::int32_t page = cache.block_table[std::int64_t{cache_row} * problem.table_blocks() + place.entry];
+  const std::int32_t page = cache.block_table[std::int64_t{cache_row} * problem.table_blocks + place.entry];
   return {page_exists(page, problem.cache_rows) ? page : -1, place.row};
 }
 

@@ -27,7 +27,7 @@ Sequence cached_sequence(const AttentionProblem& problem, const AttentionInputs&
   const std::int32_t cache_rows = problem.page_size ? problem.table_rows : problem.cache_rows;
   if (cache_row < 0 || cache_row >= cache_rows) return {q, {0, 0}, 0};
   const std::int64_t used = std::int64_t{keys_in_cache(problem, inputs, batch)} + new_keys_of(problem, inputs, batch).length;
-  const auto end = static_cast<std::int32_t>(std::min<std::int64_t>(used, problem.max_seqlen_k));
+  const auto end = static_cast<std::int32_t>(std::min<std::int64_t>(used, problem.key_capacity()));
   const std::int32_t begin = cache.leftpad ? clamp_to(cache.leftpad[batch], 0, end) : 0;
   return {q, {begin, end - begin}, cache_row};
 }
@@ -35,13 +35,14 @@ Sequence cached_sequence(const AttentionProblem& problem, const AttentionInputs&
 }  // namespace
 
 std::int32_t keys_in_cache(const AttentionProblem& problem, const AttentionInputs& inputs, std::int32_t batch) {
-  return inputs.seqused_k ? clamp_to(inputs.seqused_k[batch], 0, problem.max_seqlen_k) : problem.max_seqlen_k;
+  const std::int32_t capacity = problem.key_capacity();
+  return inputs.seqused_k ? clamp_to(inputs.seqused_k[batch], 0, capacity) : capacity;
 }
 
 Extent new_keys_of(const AttentionProblem& problem, const AttentionInputs& inputs, std::int32_t batch) {
   const std::int32_t* starts = inputs.cache.cu_seqlens_new;
   if (!starts) return {0, problem.seqlen_new};
-  return sequence_extent(starts[batch], starts[batch + 1], 0, problem.total_new, problem.max_seqlen_k, problem.max_seqlen_k);
+  return sequence_extent(starts[batch], starts[batch + 1], 0, problem.total_new, problem.total_new, problem.total_new);
 }
 
 std::vector<Sequence> sequences_of(const AttentionProblem& problem, const AttentionInputs& inputs) {

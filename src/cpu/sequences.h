@@ -15,7 +15,7 @@ std::vector<Sequence> sequences_of(const AttentionProblem& problem, const Attent
 /// Slots that a sequence fills in its cache before new keys are appended, leftpad included; not above the capacity.
 std::int32_t keys_in_cache(const AttentionProblem& problem, const AttentionInputs& inputs, std::int32_t batch);
 
-/// Where a sequence's new keys lie in NewKeys; `begin` is 0 when they are not packed. No more than the capacity.
+/// Where a sequence's new keys lie in NewKeys; `begin` is 0 when they are not packed.
 Extent new_keys_of(const AttentionProblem& problem, const AttentionInputs& inputs, std::int32_t batch);
 
 /// One per (batch, kv head), kv heads of a batch item side by side.

@@ -1,75 +1,14 @@
 #include "ops/check.h"
 
-#include <cmath>
 #include <cstdint>
-#include <limits>
-#include <sstream>
 #include <string>
 #include <vector>
 
+#include "ops/check_kvcache.h"
+#include "ops/require.h"
+
 namespace flash_attn {
 namespace {
-
-template <class... Parts>
-std::string text(const Parts&... parts) {
-  std::ostringstream stream;
-  (stream << ... << parts);
-  return stream.str();
-}
-
-std::string text_of(const mx::Shape& shape) {
-  std::string result = "(";
-  for (std::size_t i = 0; i < shape.size(); ++i) result += (i ? ", " : "") + std::to_string(shape[i]);
-  return result + (shape.size() == 1 ? ",)" : ")");
-}
-
-template <class Error, class Got, class Needs>
-[[noreturn]] void fail(const std::string& argument, const Got& got, const Needs& needs) {
-  throw Error(text("[flash_attn] ", argument, ": got ", got, ", needs ", needs));
-}
-
-[[noreturn]] void fail_shape(const std::string& argument, const mx::array& got, const std::string& needs) {
-  fail<std::invalid_argument>(argument, "shape " + text_of(got.shape()), needs);
-}
-
-void require_shape(const std::string& argument, const mx::array& got, const mx::Shape& shape, const std::string& meaning) {
-  if (got.shape() != shape) fail_shape(argument, got, "shape " + text_of(shape) + ", " + meaning);
-}
-
-void require_rank(const std::string& argument, const mx::array& got, int rank, const std::string& meaning) {
-  if (got.ndim() != static_cast<std::size_t>(rank)) fail_shape(argument, got, text(rank, " axes, ", meaning));
-}
-
-void require_dtype(const std::string& argument, const mx::array& got, mx::Dtype dtype) {
-  if (got.dtype() != dtype) fail<TypeError>(argument, text("dtype ", got.dtype()), dtype);
-}
-
-bool is_kernel_dtype(mx::Dtype dtype) { return dtype == mx::float32 || dtype == mx::bfloat16 || dtype == mx::float16; }
-
-void require_floating(const std::string& argument, const mx::array& got) {
-  if (!is_kernel_dtype(got.dtype())) {
-    fail<TypeError>(argument, text("dtype ", got.dtype()), "float32, bfloat16 or float16");
-  }
-}
-
-void require_finite(const std::string& argument, double got) {
-  if (!std::isfinite(static_cast<float>(got))) fail<std::invalid_argument>(argument, got, "a finite float32");
-}
-
-void require_at_least(const std::string& argument, int got, int least) {
-  if (got < least) fail<std::invalid_argument>(argument, got, text("an integer of at least ", least));
-}
-
-/// The values of a 1-D int32 array, if reading them waits for nothing.
-std::optional<std::vector<std::int32_t>> values_if_ready(const mx::array& array) {
-  // A transformation's placeholder counts as available but has no data.
-  if (array.is_tracer() || !array.data_shared_ptr() || !array.is_available()) return std::nullopt;
-  std::vector<std::int32_t> values(array.size());
-  for (std::size_t i = 0; i < values.size(); ++i) {
-    values[i] = array.data<std::int32_t>()[static_cast<std::int64_t>(i) * array.strides(0)];
-  }
-  return values;
-}
 
 void require_broadcastable(const std::string& argument, const mx::array& mask, const mx::Shape& scores) {
   const auto refuse = [&] {
@@ -123,10 +62,10 @@ void check_attn_mask(const AttentionProblem& problem, const mx::array& mask) {
   require_broadcastable("attn_mask", mask, scores_shape(problem));
 }
 
-void check_qv(const mx::array& qv, const mx::array& q, const mx::array& v) {
+void check_qv(const mx::array& qv, const mx::array& q, int head_dim_v) {
   if (qv.dtype() != q.dtype()) fail<TypeError>("qv", text("dtype ", qv.dtype()), text("q's dtype ", q.dtype()));
   mx::Shape shape = q.shape();
-  shape.back() = v.shape(-1);
+  shape.back() = head_dim_v;
   require_shape("qv", qv, shape, "q's shape with head_dim_v");
 }
 
@@ -134,28 +73,6 @@ void check_seqused(const AttentionProblem& problem, const char* name, const std:
   if (!used) return;
   require_dtype(name, *used, mx::int32);
   require_shape(name, *used, {problem.batch}, "(batch,)");
-}
-
-void check_packing_of(const char* name, const char* max_name, const Packing& packing) {
-  const auto& [cu_seqlens, max_seqlen, total] = packing;
-  require_dtype(name, cu_seqlens, mx::int32);
-  require_rank(name, cu_seqlens, 1, "(batch + 1,)");
-  if (cu_seqlens.shape(0) < 1) fail_shape(name, cu_seqlens, "shape (batch + 1,)");
-  require_at_least(max_name, max_seqlen, 0);
-
-  const auto values = values_if_ready(cu_seqlens);
-  if (!values) return;
-  for (std::size_t i = 0; i < values->size(); ++i) {
-    const std::int64_t previous = i ? values->at(i - 1) : 0;
-    const std::int64_t length = values->at(i) - previous;
-    if (length < 0) fail<std::invalid_argument>(name, text(values->at(i), " at position ", i), text("at least ", previous));
-    if (i && length > max_seqlen) {
-      fail<std::invalid_argument>(max_name, max_seqlen, text("at least ", length, ", the length of sequence ", i - 1));
-    }
-  }
-  if (values->back() > total) {
-    fail<std::invalid_argument>(name, text(values->back(), " at its end"), text("at most ", total, ", the rows there are"));
-  }
 }
 
 }  // namespace
@@ -197,6 +114,28 @@ void check_tensors(const mx::array& q, const mx::array& k, const mx::array& v, b
   }
 }
 
+void check_packing_of(const char* name, const char* max_name, const Packing& packing) {
+  const auto& [cu_seqlens, max_seqlen, total] = packing;
+  require_dtype(name, cu_seqlens, mx::int32);
+  require_rank(name, cu_seqlens, 1, "(batch + 1,)");
+  if (cu_seqlens.shape(0) < 1) fail_shape(name, cu_seqlens, "shape (batch + 1,)");
+  require_at_least(max_name, max_seqlen, 0);
+
+  const auto values = values_if_ready(cu_seqlens);
+  if (!values) return;
+  for (std::size_t i = 0; i < values->size(); ++i) {
+    const std::int64_t previous = i ? values->at(i - 1) : 0;
+    const std::int64_t length = values->at(i) - previous;
+    if (length < 0) fail<std::invalid_argument>(name, text(values->at(i), " at position ", i), text("at least ", previous));
+    if (i && length > max_seqlen) {
+      fail<std::invalid_argument>(max_name, max_seqlen, text("at least ", length, ", the length of sequence ", i - 1));
+    }
+  }
+  if (values->back() > total) {
+    fail<std::invalid_argument>(name, text(values->back(), " at its end"), text("at most ", total, ", the rows there are"));
+  }
+}
+
 void check_packing(const Packing& q, const Packing& k, const ArgumentNames& names) {
   check_packing_of(names.cu_seqlens_q, names.max_seqlen_q, q);
   check_packing_of(names.cu_seqlens_k, names.max_seqlen_k, k);
@@ -206,7 +145,7 @@ void check_packing(const Packing& q, const Packing& k, const ArgumentNames& name
   }
 }
 
-void check_options(const AttentionProblem& problem, const AttentionOptions& options, const mx::array& q, const mx::array& v) {
+void check_options(const AttentionProblem& problem, const AttentionOptions& options, const mx::array& q) {
   check_scalars(options);
   check_dropout_key(options);
   if (options.alibi_slopes) check_alibi_slopes(problem, *options.alibi_slopes);
@@ -215,7 +154,7 @@ void check_options(const AttentionProblem& problem, const AttentionOptions& opti
     require_shape("learnable_sink", *options.learnable_sink, {problem.heads_q}, "(heads,)");
   }
   if (options.attn_mask) check_attn_mask(problem, *options.attn_mask);
-  if (options.qv) check_qv(*options.qv, q, v);
+  if (options.qv) check_qv(*options.qv, q, problem.head_dim_v);
   check_seqused(problem, "seqused_q", options.seqused_q);
   check_seqused(problem, "seqused_k", options.seqused_k);
 }
@@ -233,7 +172,13 @@ void check_used(const char* name, const std::optional<mx::array>& used, const st
 }
 
 void check_shapes(const AttentionCall& call) {
-  check_tensors(call.q, call.k, call.v, call.problem.varlen, {}, max_head_dim);
+  if (call.problem.cached) {
+    check_cached_tensors(call.q, call.k, call.v, call.optional, call.problem.varlen, {});
+    check_cache_layout(call.problem, call.optional, "cache_seqlens");
+    check_new_keys(call.problem, call.q, call.optional);
+  } else {
+    check_tensors(call.q, call.k, call.v, call.problem.varlen, {}, max_head_dim);
+  }
   const OptionalInputs& optional = call.optional;
   if (optional.attn_mask) check_attn_mask(call.problem, *optional.attn_mask);
   if (optional.learnable_sink) require_shape("learnable_sink", *optional.learnable_sink, {call.problem.heads_q}, "(heads,)");

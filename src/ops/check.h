@@ -33,11 +33,14 @@ struct Packing {
   int total;  // rows there are
 };
 
-/// Both sides of packed sequences; values only where that forces no evaluation.
+/// One side of packed sequences; values only where that forces no evaluation.
+void check_packing_of(const char* name, const char* max_name, const Packing& packing);
+
+/// Both sides.
 void check_packing(const Packing& q, const Packing& k, const ArgumentNames& names);
 
 /// Everything in `options`, against the sizes of `problem`.
-void check_options(const AttentionProblem& problem, const AttentionOptions& options, const mx::array& q, const mx::array& v);
+void check_options(const AttentionProblem& problem, const AttentionOptions& options, const mx::array& q);
 
 /// The values of seqused, where that forces no evaluation: `slots` is cu_seqlens of packed sequences.
 void check_used(const char* name, const std::optional<mx::array>& used, const std::optional<mx::array>& slots, int max_seqlen);

@@ -15,4 +15,9 @@ cpu::LseStrides lse_strides(const mx::array& lse);
 
 cpu::AttentionInputs cpu_inputs(const AttentionCall& call);
 
+/// What an append needs besides; the call's k and v (and their scales and biases) are then the arrays to write.
+cpu::NewKeys new_keys(const AttentionCall& call);
+cpu::RotaryTable rotary_table(const AttentionCall& call);
+cpu::WritableCache writable_cache(const AttentionCall& call);
+
 }  // namespace flash_attn

@@ -17,6 +17,10 @@ inline DType dtype_of(const mx::array& array) {
       return DType::float16;
     case mx::Dtype::Val::bool_:
       return DType::boolean;
+    case mx::Dtype::Val::int8:
+      return DType::int8;
+    case mx::Dtype::Val::uint32:  // of MLX's quantised triple; its shape says how many bits a code has
+      return DType::affine8;
     default:
       throw std::logic_error("[flash_attn] a dtype that no kernel takes");
   }

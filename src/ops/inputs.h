@@ -10,11 +10,25 @@
 
 namespace flash_attn {
 
+struct OptionalInput {
+  std::optional<mx::array> OptionalInputs::* member;
+  bool is_run;  // kernels read it as a plain run of values; the others in any strides
+};
+
 /// The order in which a node's inputs follow q, k and v.
-inline constexpr std::array<std::optional<mx::array> OptionalInputs::*, 8> optional_inputs = {
-    &OptionalInputs::attn_mask,    &OptionalInputs::learnable_sink, &OptionalInputs::alibi_slopes,
-    &OptionalInputs::cu_seqlens_q, &OptionalInputs::cu_seqlens_k,   &OptionalInputs::seqused_q,
-    &OptionalInputs::seqused_k,    &OptionalInputs::dropout_key};
+inline constexpr std::array<OptionalInput, 22> optional_inputs = {{
+    {&OptionalInputs::attn_mask, false},       {&OptionalInputs::learnable_sink, true},
+    {&OptionalInputs::alibi_slopes, true},     {&OptionalInputs::cu_seqlens_q, true},
+    {&OptionalInputs::cu_seqlens_k, true},     {&OptionalInputs::seqused_q, true},
+    {&OptionalInputs::seqused_k, true},        {&OptionalInputs::dropout_key, true},
+    {&OptionalInputs::k_scales, false},        {&OptionalInputs::k_biases, false},
+    {&OptionalInputs::v_scales, false},        {&OptionalInputs::v_biases, false},
+    {&OptionalInputs::qv, false},              {&OptionalInputs::block_table, true},
+    {&OptionalInputs::cache_batch_idx, true},  {&OptionalInputs::cache_leftpad, true},
+    {&OptionalInputs::k_new, false},           {&OptionalInputs::v_new, false},
+    {&OptionalInputs::cu_seqlens_k_new, true}, {&OptionalInputs::rotary_cos, true},
+    {&OptionalInputs::rotary_sin, true},       {&OptionalInputs::rotary_seqlens, true},
+}};
 
 /// Bit i: optional_inputs[i] is there.
 using Presence = std::bitset<optional_inputs.size()>;
@@ -28,7 +42,10 @@ std::vector<mx::array> node_inputs(const AttentionCall& call);
 /// a node for other shapes.
 AttentionCall call_of_node(AttentionProblem problem, Presence present, const std::vector<mx::array>& inputs, mx::Stream stream);
 
-/// The sizes of a problem from its arrays, except max_seqlen of packed sequences, which no array shows.
+/// Values along the last axis of k or v: of MLX's quantised triple, those that its codes stand for.
+int values_of_codes(const mx::array& codes, const std::optional<mx::array>& biases);
+
+/// The sizes of a problem from its arrays, except max_seqlen of packed sequences and of keys in pages, which no array shows.
 void set_sizes(AttentionProblem& problem, const mx::array& q, const mx::array& k, const mx::array& v,
                const OptionalInputs& optional);
 

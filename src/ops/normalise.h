@@ -1,7 +1,7 @@
 // From what a caller may say to the one form that everything below understands, checked.
 #pragma once
 
-#include "flash_attn/attention.h"
+#include "flash_attn/kvcache_attention.h"
 #include "ops/call.h"
 #include "ops/check.h"
 
@@ -13,6 +13,9 @@ AttentionCall dense_call(const mx::array& q, const mx::array& k, const mx::array
 AttentionCall varlen_call(const mx::array& q, const mx::array& k, const mx::array& v, const mx::array& cu_seqlens_q,
                           const mx::array& cu_seqlens_k, int max_seqlen_q, int max_seqlen_k, const AttentionOptions& options,
                           const ArgumentNames& names = {});
+
+AttentionCall kvcache_call(const mx::array& q, const CacheRef& k_cache, const CacheRef& v_cache,
+                           const KVCacheArguments& arguments, const AttentionOptions& options);
 
 /// Part `index` along the third last axis of qkv or kv: a view.
 mx::array unpack(const mx::array& packed, int index, mx::Stream stream);

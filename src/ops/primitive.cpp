@@ -6,16 +6,14 @@
 #include <string>
 
 #include "flash_attn/attention.h"
-#include "mlx/allocator.h"
 #include "mlx/backend/cpu/encoder.h"
 #include "mlx/ops.h"
+#include "ops/attention_node.h"
 #include "ops/cpu_views.h"
 #include "ops/vjp.h"
 
 namespace flash_attn {
 namespace {
-
-using Arrays = std::vector<mx::array>;
 
 /// `inputs` without their mapped axes, at one position along them.
 Arrays slice_at(const Arrays& inputs, const std::vector<int>& axes, int position, mx::Stream stream) {
@@ -63,62 +61,6 @@ std::pair<Arrays, std::vector<int>> vmap_by_slices(const Arrays& inputs, const s
   }
   std::vector<int> stacked_axes(stacked.size(), 0);
   return {std::move(stacked), std::move(stacked_axes)};
-}
-
-/// Kernels read the small arrays as plain runs of values.
-OptionalInputs with_contiguous_vectors(OptionalInputs optional, mx::Stream stream) {
-  for (const auto member : optional_inputs) {
-    auto& array = optional.*member;
-    if (array && member != &OptionalInputs::attn_mask) array = mx::contiguous(*array, false, stream);
-  }
-  return optional;
-}
-
-void allocate(Arrays& outputs) {
-  for (mx::array& output : outputs) output.set_data(mx::allocator::malloc(output.nbytes()));
-}
-
-/// What both nodes share.
-class AttentionNode : public mx::Primitive {
- public:
-  explicit AttentionNode(const AttentionCall& call)
-      : mx::Primitive(call.stream), problem_(call.problem), present_(presence(call.optional)) {}
-
-  void eval_gpu(const Arrays&, Arrays&) override {
-    throw std::runtime_error(std::string("[flash_attn] ") + name() + " has no GPU kernel in this build");
-  }
-
-  Arrays jvp(const Arrays&, const Arrays&, const std::vector<int>&) override {
-    throw NotImplementedError(
-        std::string("[flash_attn] ") + name() +
-        " has no jvp (forward-mode derivative); FLASH_ATTENTION_MLX_REF=1 computes with MLX ops that may have one");
-  }
-
-  bool is_equivalent(const mx::Primitive& other) const override {
-    const auto& node = static_cast<const AttentionNode&>(other);
-    return problem_ == node.problem_ && present_ == node.present_;
-  }
-
- protected:
-  AttentionCall call_of(const Arrays& inputs) { return call_of_node(problem_, present_, inputs, stream()); }
-
-  std::size_t call_inputs() const { return 3 + present_.count(); }
-
- private:
-  AttentionProblem problem_;
-  Presence present_;
-};
-
-mx::Shape out_shape(const AttentionCall& call) {
-  mx::Shape shape = call.q.shape();
-  shape.back() = call.problem.head_dim_v;
-  return shape;
-}
-
-mx::Shape lse_shape(const AttentionCall& call) {
-  const AttentionProblem& problem = call.problem;
-  if (problem.varlen) return {problem.heads_q, problem.total_q};
-  return {problem.batch, problem.heads_q, problem.max_seqlen_q};
 }
 
 class FlashAttention final : public AttentionNode {

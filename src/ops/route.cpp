@@ -25,6 +25,7 @@ std::string why_not_sdpa(const AttentionCall& call, const AttentionOptions& opti
     const char* why;
   };
   const Obstacle obstacles[] = {
+      {problem.cached, "keys in pages or in a cache: MLX's SDPA has none"},
       {problem.varlen, "packed sequences: MLX's SDPA takes dense batches"},
       {problem.batch == 0 || problem.max_seqlen_q == 0 || problem.max_seqlen_k == 0, "an empty tensor"},
       {problem.causal && problem.max_seqlen_q > problem.max_seqlen_k,

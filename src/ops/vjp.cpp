@@ -1,5 +1,6 @@
 #include "ops/vjp.h"
 
+#include "flash_attn/attention.h"
 #include "mlx/ops.h"
 
 namespace flash_attn {
@@ -8,7 +9,7 @@ namespace {
 /// Which gradient each of the node's inputs has, if any.
 std::vector<std::optional<Differentiable>> differentiable_inputs(const AttentionCall& call) {
   std::vector<std::optional<Differentiable>> result = {wrt_q, wrt_k, wrt_v};
-  for (const auto member : optional_inputs) {
+  for (const auto& [member, is_run] : optional_inputs) {
     const auto& array = call.optional.*member;
     if (!array) continue;
     if (member == &OptionalInputs::attn_mask && array->dtype() != mx::bool_) {
@@ -26,6 +27,10 @@ std::vector<std::optional<Differentiable>> differentiable_inputs(const Attention
 
 std::vector<mx::array> attention_vjp(const AttentionCall& call, const AttentionOutputs& outputs,
                                      const AttentionCotangents& cotangents, const std::vector<int>& argnums) {
+  if (call.problem.cached) {
+    throw NotImplementedError("[flash_attn] attention over a KV cache or pages has no gradient; use flash_attn_func or "
+                              "flash_attn_varlen_func with k and v as tensors");
+  }
   const auto differentiable = differentiable_inputs(call);
   WantedGradients wanted;
   for (const int argnum : argnums) {

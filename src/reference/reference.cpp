@@ -9,6 +9,7 @@
 #include <limits>
 
 #include "mlx/mlx.h"
+#include "reference/kvcache.h"
 #include "reference/select.h"
 #include "reference/sequences.h"
 #include "semantics/softmax.h"
@@ -195,13 +196,14 @@ Result attend(const AttentionCall& call, const Sequences& queries, const Sequenc
 
 Result attention(const AttentionCall& call) {
   const mx::StreamContext context(call.stream);
+  if (call.problem.cached) return attention(gathered(call));
   const AttentionProblem& problem = call.problem;
   if (problem.batch == 0 || problem.max_seqlen_q == 0 || (problem.varlen && problem.total_q == 0))
     return nothing_to_compute(call);
 
   // An axis of keys that is empty gets a slot of length 0.
   AttentionCall padded = call;
-  const int key_axis = problem.varlen ? 0 : 1;
+  const auto key_axis = static_cast<int>(call.k.ndim()) - 3;
   padded.k = at_least_one_row(call.k, key_axis);
   padded.v = at_least_one_row(call.v, key_axis);
   padded.problem.max_seqlen_k = std::max(problem.max_seqlen_k, 1);

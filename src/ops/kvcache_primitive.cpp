@@ -1,0 +1,169 @@
+#include "ops/kvcache_primitive.h"
+
+#include <cstring>
+#include <memory>
+#include <optional>
+#include <utility>
+
+#include "cpu/buffer.h"
+#include "mlx/backend/cpu/encoder.h"
+#include "ops/attention_node.h"
+#include "ops/cpu_views.h"
+
+namespace flash_attn {
+namespace {
+
+/// Which of a node's inputs the cache is: visit(position) in the order of cache_arrays.
+template <class Visit>
+void for_each_cache_input(Presence present, Visit visit) {
+  constexpr std::size_t k = 1;
+  constexpr std::size_t v = 2;
+  const auto visit_tensor = [&](std::size_t tensor, std::optional<mx::array> OptionalInputs::* scales,
+                                std::optional<mx::array> OptionalInputs::* biases) {
+    visit(tensor);
+    std::size_t position = 3;
+    for (std::size_t i = 0; i < optional_inputs.size(); ++i) {
+      if (!present[i]) continue;
+      if (optional_inputs[i].member == scales || optional_inputs[i].member == biases) visit(position);
+      ++position;
+    }
+  };
+  visit_tensor(k, &OptionalInputs::k_scales, &OptionalInputs::k_biases);
+  visit_tensor(v, &OptionalInputs::v_scales, &OptionalInputs::v_biases);
+}
+
+/// No other array sees this memory, and every element has its own place in it.
+bool is_writable_in_place(const mx::array& array) {
+  return array.is_donatable() && array.flags().contiguous && array.data_size() == array.size() &&
+         (array.strides(-1) == 1 || array.shape(-1) == 1);
+}
+
+/// The contents of an array, row after row.
+struct Copy {
+  const char* source;
+  mx::Strides strides;
+  mx::Shape shape;
+  std::size_t item_size;
+  char* destination;
+
+  void run() { run(0, source); }
+
+ private:
+  void run(std::size_t axis, const char* from) {
+    if (axis == shape.size()) {
+      std::memcpy(destination, from, item_size);
+      destination += item_size;
+      return;
+    }
+    if (axis + 1 == shape.size() && strides[axis] == 1) {
+      const std::size_t bytes = static_cast<std::size_t>(shape[axis]) * item_size;
+      std::memcpy(destination, from, bytes);
+      destination += bytes;
+      return;
+    }
+    for (int i = 0; i < shape[axis]; ++i) run(axis + 1, from + i * strides[axis] * static_cast<std::int64_t>(item_size));
+  }
+};
+
+class FlashAttentionWithKVCache final : public AttentionNode {
+ public:
+  using AttentionNode::AttentionNode;
+
+  DEFINE_NAME(FlashAttentionWithKVCache)
+
+  void eval_cpu(const Arrays& inputs, Arrays& outputs) override {
+    // First of all: any other reference to an input would keep it from being written in place.
+    std::vector<Copy> copies = take_over_cache(inputs, outputs);
+    allocate(outputs[0]);
+    allocate(outputs[1]);
+    const AttentionCall call = call_on(inputs, outputs);
+    mx::cpu::get_command_encoder(stream()).dispatch(
+        [problem = call.problem, inputs = cpu_inputs(call), copies = std::move(copies), new_keys = new_keys(call),
+         rotary = rotary_table(call), cache = writable_cache(call),
+         outputs = cpu::ForwardOutputs{view(outputs[0]), outputs[1].data<float>(), lse_strides(outputs[1])}]() mutable {
+          for (Copy& copy : copies) copy.run();
+          cpu::append(problem, inputs, new_keys, rotary, cache);
+          cpu::Buffer rotated;
+          if (rotary.cos) rotated = rotate_queries(problem, inputs, rotary);
+          cpu::forward(problem, inputs, outputs);
+        });
+  }
+
+  Arrays vjp(const Arrays&, const Arrays&, const std::vector<int>&, const Arrays&) override {
+    throw NotImplementedError("[flash_attn] attention over a KV cache has no gradient; use flash_attn_func");
+  }
+
+  std::pair<Arrays, std::vector<int>> vmap(const Arrays&, const std::vector<int>&) override {
+    throw NotImplementedError("[flash_attn] attention over a KV cache that changes in place has no vmap; give it a batch");
+  }
+
+  std::vector<mx::Shape> output_shapes(const Arrays& inputs) override {
+    const AttentionCall call = call_of(inputs);
+    std::vector<mx::Shape> shapes = {out_shape(call), lse_shape(call)};
+    for (const mx::array& array : cache_arrays(call)) shapes.push_back(array.shape());
+    return shapes;
+  }
+
+ private:
+  std::vector<Copy> take_over_cache(const Arrays& inputs, Arrays& outputs) const {
+    std::vector<Copy> copies;
+    auto output = outputs.begin() + 2;
+    for_each_cache_input(present(), [&](std::size_t position) {
+      const mx::array& input = inputs[position];
+      if (is_writable_in_place(input)) {
+        output->copy_shared_buffer(input);
+      } else {
+        allocate(*output);
+        copies.push_back({input.data<char>(), input.strides(), input.shape(), input.itemsize(), output->data<char>()});
+      }
+      ++output;
+    });
+    return copies;
+  }
+
+  /// The call with the cache as this node leaves it.
+  AttentionCall call_on(const Arrays& inputs, const Arrays& outputs) {
+    Arrays with_outputs = inputs;
+    auto output = outputs.begin() + 2;
+    for_each_cache_input(present(), [&](std::size_t position) { with_outputs[position] = *output++; });
+    return call_of(with_outputs);
+  }
+
+  /// Makes `inputs` read rotated queries, which live as long as what it returns.
+  static cpu::Buffer rotate_queries(const AttentionProblem& problem, cpu::AttentionInputs& inputs,
+                                    const cpu::RotaryTable& rotary) {
+    const std::int64_t tokens = problem.varlen ? problem.total_q : std::int64_t{problem.batch} * problem.max_seqlen_q;
+    const std::int64_t row = std::int64_t{problem.heads_q} * problem.head_dim;
+    cpu::Buffer memory = cpu::allocate(tokens * row);  // float32: enough for any dtype
+    const cpu::Strides strides = {problem.varlen ? 0 : problem.max_seqlen_q * row, row, problem.head_dim, 1};
+    const cpu::Tensor rotated = {memory.get(), inputs.q.dtype, strides};
+    cpu::rotate_queries(problem, inputs, rotary, rotated);
+    inputs.q = {rotated.data, rotated.dtype, rotated.strides};
+    return memory;
+  }
+};
+
+}  // namespace
+
+std::vector<mx::array> cache_arrays(const AttentionCall& call) {
+  std::vector<mx::array> arrays;
+  const Arrays inputs = node_inputs(call);
+  for_each_cache_input(presence(call.optional), [&](std::size_t position) { arrays.push_back(inputs[position]); });
+  return arrays;
+}
+
+KVCacheOutputs kvcache_node(const AttentionCall& given) {
+  AttentionCall call = given;
+  call.optional = with_contiguous_vectors(std::move(call.optional), call.stream);
+  std::vector<mx::Shape> shapes = {out_shape(call), lse_shape(call)};
+  std::vector<mx::Dtype> dtypes = {call.q.dtype(), mx::float32};
+  for (const mx::array& array : cache_arrays(call)) {
+    shapes.push_back(array.shape());
+    dtypes.push_back(array.dtype());
+  }
+  Arrays outputs = mx::array::make_arrays(std::move(shapes), dtypes, std::make_shared<FlashAttentionWithKVCache>(call),
+                                          node_inputs(call));
+  return {{outputs[0], outputs[1]}, {outputs.begin() + 2, outputs.end()}};
+}
+
+}  // namespace flash_attn
