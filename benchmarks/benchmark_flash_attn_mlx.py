@@ -3,6 +3,7 @@ and the ceilings of this machine, measured in the same run.
 
   python benchmarks/benchmark_flash_attn_mlx.py --quick
   python benchmarks/benchmark_flash_attn_mlx.py --seqlen 1024 4096 --head-dim 128 --dtype bfloat16 --feature plain "softcap 30"
+  python benchmarks/benchmark_flash_attn_mlx.py --kv-bench --kv-live-lengths 512 4096 --kv-page-sizes 16
 
 GFLOP/s count 4 * batch * heads * head_dim flops a visible (query, key) pair forward, and 2.5 times that backward.
 """
@@ -14,19 +15,36 @@ import json
 import platform
 import subprocess
 import sys
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 import ceilings as ceiling_program
+import decode
+import decode_peers
 import report
-from cases import DTYPE_NAMES, FEATURES, FORWARD, FORWARD_BACKWARD, PASSES, Case, grid_cases, quick_cases
+from cases import (
+    DECODE_DTYPES,
+    DECODE_SHAPES,
+    DTYPE_NAMES,
+    FEATURES,
+    FORWARD,
+    FORWARD_BACKWARD,
+    PASSES,
+    Case,
+    KvConfig,
+    grid_cases,
+    quick_cases,
+)
 from ceilings import Ceilings
+from kv_bench import kv_configs, run_kv_config
 from peers import Implementation, Ours, Reference, Sdpa, Torch, make_inputs
-from targets import evaluate
+from targets import evaluate, evaluate_decode
 from timing import Timing, first_run, interleave
 
 HERE = Path(__file__).resolve().parent
@@ -44,23 +62,40 @@ def parse_arguments() -> argparse.Namespace:
     shapes.add_argument("--heads", type=int, default=8)
     shapes.add_argument("--heads-k", type=int, help="kv heads, a divisor of --heads (default: --heads)")
     shapes.add_argument("--seqlen", type=int, nargs="+", default=[512, 1024, 2048])
-    shapes.add_argument("--head-dim", type=int, nargs="+", default=[64, 128])
-    shapes.add_argument("--dtype", nargs="+", choices=tuple(DTYPE_NAMES), default=["float32"])
+    shapes.add_argument("--head-dim", type=int, nargs="+", help="(default: 64 128; --kv-bench: 128)")
+    shapes.add_argument("--dtype", nargs="+", choices=tuple(DTYPE_NAMES), help="(default: float32; --kv-bench: float16)")
     shapes.add_argument("--feature", nargs="+", choices=tuple(FEATURES), default=["plain"])
     shapes.add_argument("--full", action="store_true", help="no causal mask")
     shapes.add_argument("--forward", action="store_true", help="forward only")
     shapes.add_argument("--backward", action="store_true", help="forward + backward only")
+    kv = parser.add_argument_group("contiguous and paged KV caches, every combination of which is a case")
+    kv.add_argument("--kv-bench", action="store_true", help="only these, of --heads, --head-dim and --dtype; a part of --quick")
+    kv.add_argument("--kv-batch-sizes", type=int, nargs="+", default=[1, 8], metavar="B")
+    kv.add_argument("--kv-live-lengths", type=int, nargs="+", default=[512, 2048], metavar="L", help="tokens of each sequence")
+    kv.add_argument(
+        "--kv-max-cache-lengths", type=int, nargs="+", default=[4096], metavar="M", help="slots of a contiguous row"
+    )
+    kv.add_argument("--kv-page-sizes", type=int, nargs="+", default=[16, 128], metavar="P")
+    kv.add_argument("--kv-seqlen-q", type=int, default=1, metavar="N", help="queries of each sequence, its last tokens")
+    kv.add_argument("--kv-bench-iters", type=int, default=20, metavar="N", help="as --iters")
     parser.add_argument("--peers", nargs="*", choices=PEERS, help="what to time beside ours (default: torch; --quick: its own)")
     parser.add_argument("--iters", type=int, default=5, help="interleaved rounds after the first run; the fastest counts")
-    parser.add_argument("--json", type=Path, default=OUTPUT / "attention.json", metavar="FILE")
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="(default: bench-out/attention.json, --kv-bench: kv_cache.json)"
+    )
     parser.add_argument("--plot", type=Path, default=OUTPUT / "attention.png", metavar="FILE")
     parser.add_argument("--check-targets", action="store_true", help="exit with 1 when a target that was measured is missed")
     args = parser.parse_args()
     heads_k = args.heads_k or args.heads
     if args.heads % heads_k:
         parser.error(f"--heads-k {heads_k} does not divide --heads {args.heads}")
-    if args.iters < 1:
-        parser.error("--iters must be at least 1")
+    for option in ("iters", "kv_seqlen_q", "kv_bench_iters"):
+        if getattr(args, option) < 1:
+            parser.error(f"--{option.replace('_', '-')} must be at least 1")
+    if min(args.kv_batch_sizes + args.kv_live_lengths + args.kv_page_sizes) < 1:
+        parser.error("--kv-batch-sizes, --kv-live-lengths and --kv-page-sizes must be at least 1")
+    if min(args.kv_live_lengths) > max(args.kv_max_cache_lengths):
+        parser.error("no --kv-live-lengths fits any of --kv-max-cache-lengths")
     return args
 
 
@@ -70,9 +105,28 @@ def chosen_cases(args: argparse.Namespace) -> list[Case]:
     passes = [FORWARD] * args.forward + [FORWARD_BACKWARD] * args.backward or list(PASSES)
     peers = ("torch",) if args.peers is None else tuple(args.peers)
     return grid_cases(
-        args.batch, args.heads, args.heads_k or args.heads, args.seqlen, args.head_dim, args.dtype, args.feature, passes,
-        not args.full, peers,
+        args.batch, args.heads, args.heads_k or args.heads, args.seqlen, args.head_dim or [64, 128], args.dtype or ["float32"],
+        args.feature, passes, not args.full, peers,
     )  # fmt: skip
+
+
+def chosen_kv_configs(args: argparse.Namespace) -> list[KvConfig]:
+    lengths = (args.kv_batch_sizes, args.kv_live_lengths, args.kv_max_cache_lengths, args.kv_page_sizes)
+    if args.quick:
+        return kv_configs(*lengths, seqlen_q=args.kv_seqlen_q)
+    return [
+        config
+        for dtype in args.dtype or ["float16"]
+        for head_dim in args.head_dim or [128]
+        for config in kv_configs(
+            *lengths,
+            seqlen_q=args.kv_seqlen_q,
+            heads=args.heads,
+            heads_k=args.heads_k or args.heads,
+            head_dim=head_dim,
+            dtype=dtype,
+        )
+    ]
 
 
 def describe_machine(threads: int) -> dict[str, Any]:
@@ -138,13 +192,80 @@ def measure_memory() -> Row:
     return measured
 
 
-def main() -> int:
-    args = parse_arguments()
-    from flash_attn.flash_attn_mlx.utils import load_core
+def write_json(path: Path, results: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(results, indent=1))
 
-    core = load_core()
-    console = report.make_console()
-    mx.set_default_device(mx.cpu)
+
+def run_kv_bench(args: argparse.Namespace, console: Console, core: Any) -> int:
+    rows = [run_kv_config(config, args.kv_bench_iters) for config in chosen_kv_configs(args)]
+    report.print_kv_bench(console, rows)
+    path = args.json or OUTPUT / "kv_cache.json"
+    write_json(path, {"machine": describe_machine(core.num_threads()), "kv_bench": rows})
+    console.print(f"wrote {path}", soft_wrap=True)
+    return 0
+
+
+@dataclass
+class Results:
+    cases: list[Row] = field(default_factory=list)
+    gaps: dict[str, dict[str, None]] = field(default_factory=lambda: {peer: {} for peer in PEERS})
+    # Of --quick only:
+    memory: Row | None = None
+    decode: list[Row] = field(default_factory=list)
+    append_us: dict[str, float] = field(default_factory=dict)
+    kv_bench: list[Row] = field(default_factory=list)
+
+    def note_gaps(self, missing: dict[str, str]) -> None:
+        for peer, reason in missing.items():
+            self.gaps[peer][reason] = None
+
+
+def measure_all(args: argparse.Namespace, console: Console, ceilings: Ceilings) -> Results:
+    cases = chosen_cases(args)
+    if args.quick and args.peers is not None:
+        cases = [case.restricted_to(args.peers) for case in cases]
+    implementations: dict[str, Implementation] = {
+        peer.name: peer for peer in (Ours(), Sdpa(), Reference(), Torch(ceilings.threads))
+    }
+    warm_up(implementations)
+    results = Results()
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
+        others = 3 + len(DECODE_DTYPES) * len(DECODE_SHAPES) if args.quick else 0
+        task = progress.add_task("starting", total=len(cases) + others)
+        for case in cases:
+            progress.update(task, description=f"{case.label} {case.steps}")
+            found, missing = run_case(case, implementations, args.iters)
+            results.note_gaps(missing)
+            results.cases += found
+            ceilings.measure()
+            console.print(report.case_line(case.label, case.steps, found), soft_wrap=True)
+            progress.advance(task)
+        if not args.quick:
+            return results
+
+        progress.update(task, description="peak memory at S32768")
+        results.memory = measure_memory()
+        progress.advance(task)
+        progress.update(task, description="decode")
+        peers = tuple(peer for peer in decode_peers.PEERS if args.peers is None or peer in args.peers)
+        for found, missing in decode.run_decode(ceilings.read_bytes, peers, ceilings.threads):
+            results.note_gaps(missing)
+            results.decode += found
+            console.print(report.decode_line(found), soft_wrap=True)
+            progress.advance(task)
+        ceilings.measure(read=True)
+        progress.update(task, description="append")
+        results.append_us = decode.measure_append()
+        progress.advance(task)
+        progress.update(task, description="contiguous and paged KV caches")
+        results.kv_bench = [run_kv_config(config, args.kv_bench_iters) for config in chosen_kv_configs(args)]
+        progress.advance(task)
+    return results
+
+
+def run_sweep(args: argparse.Namespace, console: Console, core: Any) -> int:
     threads = core.num_threads()
     ceilings = Ceilings(ceiling_program.build(), threads, core.isa_level())
     ceilings.measure(read=True)
@@ -153,55 +274,52 @@ def main() -> int:
     console.print(subtitle)
     report.print_ceilings(console, ceilings)
 
-    cases = chosen_cases(args)
-    if args.quick and args.peers is not None:
-        cases = [case.restricted_to(args.peers) for case in cases]
-    implementations: dict[str, Implementation] = {peer.name: peer for peer in (Ours(), Sdpa(), Reference(), Torch(threads))}
-    warm_up(implementations)
-    rows: list[Row] = []
-    gaps: dict[str, dict[str, None]] = {peer: {} for peer in PEERS}
-    memory = None
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
-        task = progress.add_task("starting", total=len(cases) + args.quick)
-        for case in cases:
-            progress.update(task, description=f"{case.label} {case.steps}")
-            found, missing = run_case(case, implementations, args.iters)
-            for peer, reason in missing.items():
-                gaps[peer][reason] = None
-            rows += found
-            ceilings.measure()
-            console.print(report.case_line(case.label, case.steps, found), soft_wrap=True)
-            progress.advance(task)
-        if args.quick:
-            progress.update(task, description="peak memory at S32768")
-            memory = measure_memory()
-            progress.advance(task)
-
+    results = measure_all(args, console, ceilings)
+    ceilings.measure(read=True)
+    rows = results.cases
     for row in rows:
         row["of_ceiling"] = row["gflops"] / ceilings.fma_gflops
+    for row in results.decode:
+        row["of_read"] = row["gbs"] / ceilings.read_gbs
+
     console.print()
     report.print_cases(console, [row for row in rows if row["section"] != "features"])
     report.print_features(console, rows)
-    if memory:
-        report.print_memory(console, memory)
-    report.print_gaps(console, gaps)
-    ceilings.measure(read=True)
+    if results.memory:
+        report.print_memory(console, results.memory)
+        report.print_decode(console, results.decode, results.append_us, ceilings)
+        report.print_kv_bench(console, results.kv_bench)
+    report.print_gaps(console, results.gaps)
     report.print_ceilings(console, ceilings)
-    targets = evaluate(rows, memory)
+    targets = evaluate(rows, results.memory) + evaluate_decode(results.decode, results.append_us)
     if args.quick or args.check_targets:
         report.print_targets(console, targets)
 
     from plot import save_plot
 
-    args.json.parent.mkdir(parents=True, exist_ok=True)
-    ceiling_numbers = {"gflops": ceilings.gflops, "read_gbs": ceilings.read_gbs, "level": ceilings.level}
-    args.json.write_text(
-        json.dumps({"machine": machine, "ceilings": ceiling_numbers, "cases": rows, "memory": memory}, indent=1)
-    )
-    save_plot(args.plot, rows, ceilings.fma_gflops, subtitle)
-    console.print(f"wrote {args.json} and {args.plot}", soft_wrap=True)
+    path = args.json or OUTPUT / "attention.json"
+    ceiling_numbers = {
+        "gflops": ceilings.gflops, "read_gbs": ceilings.read_gbs, "read_bytes": ceilings.read_bytes, "level": ceilings.level,
+    }  # fmt: skip
+    write_json(
+        path,
+        {
+            "machine": machine, "ceilings": ceiling_numbers, "cases": rows, "memory": results.memory,
+            "decode": results.decode, "append_us": results.append_us, "kv_bench": results.kv_bench,
+        },
+    )  # fmt: skip
+    save_plot(args.plot, rows, ceilings.fma_gflops, results.decode, ceilings.read_gbs, subtitle)
+    console.print(f"wrote {path} and {args.plot}", soft_wrap=True)
     return int(args.check_targets and any(target.verdict == "missed" for target in targets))
+
+
+def main() -> int:
+    args = parse_arguments()
+    from flash_attn.flash_attn_mlx.utils import load_core
+
+    mx.set_default_device(mx.cpu)
+    run = run_kv_bench if args.kv_bench and not args.quick else run_sweep
+    return run(args, report.make_console(), load_core())
 
 
 if __name__ == "__main__":

@@ -143,3 +143,62 @@ def grid_cases(
             case = with_feature(base, name)
             cases.append(replace(case, section="shapes" if name == "plain" else "features"))
     return cases
+
+
+# ---- decode: one query a sequence over a KV cache
+
+INT8 = "int8"  # K and V in int8 with a float32 scale a token and kv head; q in float16
+DECODE_DTYPES = ("float32", "bfloat16", "float16", INT8)
+DECODE_SHAPES = ((8, 4096), (1, 4096), (1, 16384))  # batch, live tokens
+
+
+@dataclass(frozen=True)
+class DecodeCase:
+    batch: int
+    length: int
+    dtype: str
+    heads: int = 32
+    heads_k: int = 8
+    head_dim: int = 128
+
+    @property
+    def query_dtype(self) -> str:
+        return "float16" if self.dtype == INT8 else self.dtype
+
+    @property
+    def tokens(self) -> int:
+        return self.batch * self.length
+
+    @property
+    def label(self) -> str:
+        dtype = DTYPE_NAMES.get(self.dtype, self.dtype)
+        return f"{dtype} B{self.batch} L{self.length} H{self.heads}/{self.heads_k} D{self.head_dim}"
+
+
+def decode_cases(dtype: str) -> list[DecodeCase]:
+    return [DecodeCase(batch, length, dtype) for batch, length in DECODE_SHAPES]
+
+
+@dataclass(frozen=True)
+class KvConfig:
+    """A contiguous cache of `capacity` slots a sequence beside a paged one."""
+
+    batch: int
+    live: int  # tokens of each sequence
+    capacity: int
+    page_size: int
+    seqlen_q: int = 1
+    heads: int = 8
+    heads_k: int = 8
+    head_dim: int = 128
+    dtype: str = "float16"
+
+    @property
+    def blocks(self) -> int:
+        """Pages that a sequence needs."""
+        return -(-self.live // self.page_size)
+
+    @property
+    def label(self) -> str:
+        heads = f"H{self.heads}" if self.heads == self.heads_k else f"H{self.heads}/{self.heads_k}"
+        return f"B{self.batch} L{self.live} M{self.capacity} P{self.page_size} {heads} D{self.head_dim}"

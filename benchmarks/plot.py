@@ -78,16 +78,43 @@ def _plot_features(axes: Axes, rows: list[Row]) -> None:
     _head(axes, "What a feature costs", columns=3)
 
 
-def save_plot(path: Path, rows: list[Row], ceiling: float, subtitle: str) -> None:
+def _plot_decode(axes: Axes, rows: list[Row], read_gbs: float) -> None:
+    """As _plot_speed, for what memory limits."""
+    y = 0.0
+    ticks, seen = {}, set()
+    for label in dict.fromkeys(row["label"] for row in rows):
+        group = [row for row in rows if row["label"] == label]
+        ticks[y + (len(group) - 1) / 2] = label
+        for row in group:
+            name = row["implementation"]
+            axes.barh(
+                y, row["gbs"], height=0.85, color=COLOURS[name], label=None if name in seen else IMPLEMENTATION_NAMES[name]
+            )
+            seen.add(name)
+            share = f"{row['gbs']:.1f}  ({100 * row['of_read']:.0f}%)"
+            axes.text(row["gbs"] + read_gbs * 0.008, y, share, va="center", fontsize=8)
+            y += 1.0
+        y += 0.6
+    axes.axvline(read_gbs, color="black", linestyle="--", linewidth=1, label=f"memory read ceiling, {read_gbs:.0f} GB/s")
+    axes.set_yticks(list(ticks), list(ticks.values()), fontsize=8)
+    axes.set_ylim(y - 0.6, -1.0)
+    axes.set_xlim(0, max([read_gbs, *(row["gbs"] for row in rows)]) * 1.14)
+    axes.set_xlabel("GB/s of K and V read once (in brackets: share of the ceiling); longer is better")
+    _head(axes, "Decode over a KV cache", columns=4)
+
+
+def save_plot(path: Path, rows: list[Row], ceiling: float, decode: list[Row], read_gbs: float, subtitle: str) -> None:
     speed = [row for row in rows if row["section"] != "features"] or rows
     features = [row for row in rows if row["section"] == "features" and row["implementation"] == "ours" and row["of_plain"]]
     cases = len({(row["label"], row["steps"]) for row in speed})
     height = max(4.5, 1.6 + 0.2 * len(speed) + 0.14 * cases)
-    columns = 2 if features else 1
+    columns = 1 + bool(features) + bool(decode)
     figure, axes = plt.subplots(1, columns, figsize=(8.5 * columns, height), squeeze=False, layout="constrained")
     _plot_speed(axes[0][0], speed, ceiling)
     if features:
         _plot_features(axes[0][1], features)
+    if decode:
+        _plot_decode(axes[0][-1], decode, read_gbs)
     figure.suptitle(subtitle, fontsize=9, color="#555555")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from cases import DTYPE_NAMES, FORWARD, PASSES
 from ceilings import Ceilings
+from kv_bench import COLUMNS, summary
 from targets import Target
 
 Row = dict[str, Any]
@@ -59,7 +60,11 @@ def case_line(case_label: str, steps: str, rows: list[Row]) -> str:
 
 def print_ceilings(console: Console, ceilings: Ceilings) -> None:
     levels = ", ".join(f"{level} {value:.0f}" for level, value in ceilings.gflops.items())
-    console.print(f"ceilings: multiply-add GFLOP/s {levels}; memory read {ceilings.read_gbs:.0f} GB/s")
+    console.print(f"ceilings: multiply-add GFLOP/s {levels}; {_memory_read(ceilings)}")
+
+
+def _memory_read(ceilings: Ceilings) -> str:
+    return f"memory read {ceilings.read_gbs:.1f} GB/s, {ceilings.threads} threads over {ceilings.read_bytes / 2**20:.0f} MiB"
 
 
 def print_cases(console: Console, rows: list[Row]) -> None:
@@ -110,6 +115,55 @@ def print_features(console: Console, rows: list[Row]) -> None:
 def _shape_order(shape: tuple[str, int, int, str]) -> tuple[bool, int, int, int]:
     dtype, seqlen, head_dim, steps = shape
     return (dtype != "float32", seqlen, head_dim, PASSES.index(steps) if steps in PASSES else PASSES.index(FORWARD))
+
+
+def decode_line(rows: list[Row]) -> str:
+    """One finished decode case, for the running log."""
+    ours, *others = rows
+    parts = [f"{ours['label']:43} {'decode':17} {ours['ms']:8.2f} ms {ours['gbs']:5.1f} GB/s"]
+    parts += [f"page {size}: {time:.2f}" for size, time in ours["paged_time"].items()]
+    parts += [f"{IMPLEMENTATION_NAMES[row['implementation']]} {row['ms']:.2f} ms" for row in others]
+    return "  ".join(parts)
+
+
+def print_decode(console: Console, rows: list[Row], append_us: dict[str, float], ceilings: Ceilings) -> None:
+    page_sizes = list(rows[0]["paged_time"])
+    columns = ("case", "by", "ms", "GB/s", "% of read", "ours faster", *(f"page {size}" for size in page_sizes))
+    table = _table(console, f"Decode, one query a sequence; 100 % of read: {_memory_read(ceilings)}", columns, text_columns=2)
+    ours = rows[0]
+    for row in rows:
+        if row["implementation"] == "ours":
+            ours = row
+        table.add_row(
+            row["label"] if row is ours else "",
+            IMPLEMENTATION_NAMES[row["implementation"]],
+            f"{row['ms']:.2f}" + ("*" if row["once"] else ""),
+            f"{row['gbs']:.1f}",
+            f"{100 * row['of_read']:.0f}",
+            "" if row is ours else f"{row['ms'] / ours['ms']:.1f}x",
+            *(f"{time:.2f}" for time in (row["paged_time"] or {}).values()),
+            style="bold" if row is ours else "",
+        )
+    console.print(table)
+    console.print(
+        "GB/s: K and V (int8: and their scales) read once. Each call reads another cache; all of them together are as large as "
+        "what the ceiling reads. page n: time with pages of n tokens over the contiguous cache's, median of interleaved pairs; "
+        "* a peer slower than a second, run once",
+        soft_wrap=True,
+    )
+    appends = ", ".join(f"{us:.0f} us at capacity {capacity}" for capacity, us in append_us.items())
+    console.print(f"a step that appends one token: {appends}")
+
+
+def print_kv_bench(console: Console, rows: list[Row]) -> None:
+    """One line a config, cells between bars, to be read by people and by programs."""
+    for dtype, seqlen_q in dict.fromkeys((row["dtype"], row["seqlen_q"]) for row in rows):
+        queries = "1 query" if seqlen_q == 1 else f"{seqlen_q} queries"
+        console.print(f"\nContiguous and paged KV cache, {dtype}, {queries} a sequence", style="bold")
+        console.print(" | ".join(COLUMNS), soft_wrap=True)
+        for row in rows:
+            if (row["dtype"], row["seqlen_q"]) == (dtype, seqlen_q):
+                console.print(summary(row), soft_wrap=True)
 
 
 def print_gaps(console: Console, gaps: dict[str, dict[str, None]]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from cases import FEATURES, FORWARD, FORWARD_BACKWARD
+from cases import DTYPE_NAMES, FEATURES, FORWARD, FORWARD_BACKWARD, INT8
 
 Row = dict[str, Any]
 
@@ -69,4 +69,34 @@ def evaluate(rows: list[Row], memory: Row | None) -> list[Target]:
             targets.append(Target(f"{feature}, of plain per visible pair, worst of its cases", 0.80, min(found, default=None)))
     copies = memory["process_copies"] if memory else None
     targets.append(Target("S32768 D64 H2 forward + backward, peak in copies of q", 12.0, copies, at_most=True))
+    return targets
+
+
+READ_SHARES = {"float32": 0.75, "bfloat16": 0.50, "float16": 0.50}
+APPEND_ALLOWANCE_US = 20.0
+
+
+def evaluate_decode(rows: list[Row], append_us: dict[str, float]) -> list[Target]:
+    """Worst of the shapes of a dtype, page sizes worst of all cases."""
+    ours = [row for row in rows if row["implementation"] == "ours"]
+    torch_ms = {row["label"]: row["ms"] for row in rows if row["implementation"] == "torch"}
+    targets = []
+    for dtype, need in READ_SHARES.items():
+        of_dtype = [row for row in ours if row["dtype"] == dtype]
+        share = min((row["of_read"] for row in of_dtype), default=None)
+        faster = min((torch_ms[row["label"]] / row["ms"] for row in of_dtype if row["label"] in torch_ms), default=None)
+        targets.append(Target(f"decode {DTYPE_NAMES[dtype]}, of the memory read ceiling", need, share))
+        targets.append(Target(f"decode {DTYPE_NAMES[dtype]}, times faster than PyTorch", 1.0, faster))
+    int8 = min((row["times_float16"] for row in ours if row["dtype"] == INT8), default=None)
+    targets.append(Target("decode int8, times faster than f16", 1.0, int8))
+    for page_size in ours[0]["paged_time"] if ours else ():
+        slowest = max(row["paged_time"][page_size] for row in ours)
+        targets.append(Target(f"decode, page size {page_size}, time over contiguous", 1.05, slowest, at_most=True))
+    if append_us:
+        small, large = append_us.values()
+        ratio = (large - APPEND_ALLOWANCE_US) / small
+        what = (
+            f"append at capacity {max(append_us, key=int)}, less {APPEND_ALLOWANCE_US:.0f} us, over {min(append_us, key=int)}"
+        )
+        targets.append(Target(what, 1.2, ratio, at_most=True))
     return targets

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
@@ -56,3 +57,15 @@ def interleave(calls: dict[str, Call], timings: dict[str, Timing], once_if_slow:
             if name not in slow:
                 timings[name].seconds = min(timings[name].seconds, _seconds(call))
                 timings[name].runs += 1
+
+
+def median_ratio(numerator: Call, denominator: Call, pairs: int) -> float:
+    """Of times measured right after each other, which of the two first in turns: finer than the ratio of two minima."""
+    ratios = []
+    for pair in range(pairs):
+        if pair % 2:
+            below, above = _seconds(denominator), _seconds(numerator)
+        else:
+            above, below = _seconds(numerator), _seconds(denominator)
+        ratios.append(above / below)
+    return statistics.median(ratios)

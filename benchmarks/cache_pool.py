@@ -1,0 +1,55 @@
+"""KV caches for decoding, so many that no cache of the processor holds them."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import numpy as np
+
+from cases import DECODE_SHAPES, INT8, DecodeCase
+
+BLOCK_TOKENS = max(batch * length for batch, length in DECODE_SHAPES)  # every case's caches fill whole blocks
+
+
+class CachePool:
+    """At least `least_bytes` of K and V in a row, of which each call reads the next stretch: none of its keys is in L3, as in a
+    model whose other layers ran in between."""
+
+    def __init__(self, dtype: str, least_bytes: int, heads_k: int = 8, head_dim: int = 128) -> None:
+        rng = np.random.default_rng(0)
+        block = [mx.array(rng.standard_normal((BLOCK_TOKENS, heads_k, head_dim), dtype=np.float32)) for _ in range(2)]
+        parts = _quantised(block) if dtype == INT8 else [x.astype(getattr(mx, dtype)) for x in block]
+        block_bytes = sum(x.nbytes for x in parts)
+        blocks = -(-least_bytes // block_bytes)
+        self.dtype = dtype
+        self.tokens = blocks * BLOCK_TOKENS
+        self.bytes_a_token = block_bytes // BLOCK_TOKENS
+        # k, v (tokens, heads_k, head_dim); of int8 also their scales (tokens, heads_k)
+        self.arrays = [mx.concatenate([x] * blocks) for x in parts]
+        mx.eval(self.arrays)
+
+    @property
+    def nbytes(self) -> int:
+        return self.tokens * self.bytes_a_token
+
+    def caches(self, case: DecodeCase) -> int:
+        return self.tokens // case.tokens
+
+    def cache(self, case: DecodeCase, index: int, heads_first: bool = False) -> list[mx.array]:
+        """Cache number `index`: views (batch, length, heads_k, ...), or the same memory as (batch, heads_k, length, ...)."""
+        part = slice(index * case.tokens, (index + 1) * case.tokens)
+        axes = (case.heads_k, case.length) if heads_first else (case.length, case.heads_k)
+        views = [x[part].reshape(case.batch, *axes, *x.shape[2:]) for x in self.arrays]
+        mx.eval(views)
+        return views
+
+    def pages(self, page_size: int) -> list[mx.array]:
+        """All of it: views (pages, page_size, heads_k, ...)."""
+        views = [x.reshape(-1, page_size, *x.shape[1:]) for x in self.arrays]
+        mx.eval(views)
+        return views
+
+
+def _quantised(arrays: list[mx.array]) -> list[mx.array]:
+    """The arrays in int8, then a float32 scale for each of their rows."""
+    scales = [mx.abs(x).max(axis=-1) / 127.0 for x in arrays]
+    return [mx.round(x / scale[..., None]).astype(mx.int8) for x, scale in zip(arrays, scales, strict=True)] + scales
