@@ -9,6 +9,7 @@
 namespace flash_attn::cpu::FA_LEVEL {
 namespace {
 
+// row[dim], rounded to the dtype of q and k as it would be in memory.
 inline void rotate_row(const AttentionProblem& problem, const RotaryTable& table, std::int32_t position, float* row) {
   const int pairs = problem.rotary_dim / 2;
   float cosines[max_head_dim_of_tensor / 2];
@@ -25,6 +26,9 @@ inline void rotate_row(const AttentionProblem& problem, const RotaryTable& table
     first = rotated.first;
     second = rotated.second;
   }
+  float rounded[max_head_dim_of_tensor];
+  write_row(problem.dtype, rounded, 1, problem.rotary_dim, row);
+  read_row(problem.dtype, rounded, 1, problem.rotary_dim, row);
 }
 
 inline void write_cache_row(const Tensor& tensor, const Quantization& quantization, KeySlot slot, std::int32_t head, int dim,

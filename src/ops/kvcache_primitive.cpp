@@ -32,10 +32,16 @@ void for_each_cache_input(Presence present, Visit visit) {
   visit_tensor(v, &OptionalInputs::v_scales, &OptionalInputs::v_biases);
 }
 
-/// No other array sees this memory, and every element has its own place in it.
-bool is_writable_in_place(const mx::array& array) {
-  return array.is_donatable() && array.flags().contiguous && array.data_size() == array.size() &&
-         (array.strides(-1) == 1 || array.shape(-1) == 1);
+/// Every element has its own place in memory, and rows are whole.
+bool has_rows(const mx::array& array) {
+  return array.flags().contiguous && array.data_size() == array.size() && (array.strides(-1) == 1 || array.shape(-1) == 1);
+}
+
+/// Every output of a node refers to the node's inputs; one reference is enough while it is evaluated.
+void let_go_of_inputs(const Arrays& inputs, Arrays& outputs) {
+  for (mx::array& output : outputs) {
+    if (&output.inputs() != &inputs) output.inputs().clear();
+  }
 }
 
 /// The contents of an array, row after row.
@@ -73,6 +79,7 @@ class FlashAttentionWithKVCache final : public AttentionNode {
 
   void eval_cpu(const Arrays& inputs, Arrays& outputs) override {
     // First of all: any other reference to an input would keep it from being written in place.
+    let_go_of_inputs(inputs, outputs);
     std::vector<Copy> copies = take_over_cache(inputs, outputs);
     allocate(outputs[0]);
     allocate(outputs[1]);
@@ -105,12 +112,21 @@ class FlashAttentionWithKVCache final : public AttentionNode {
   }
 
  private:
-  std::vector<Copy> take_over_cache(const Arrays& inputs, Arrays& outputs) const {
+  /// MLX holds on to a buffer until the tasks that use it are done: for a cache those of the step before, whose end this one needs
+  /// anyway.
+  void wait_for_earlier_steps(const Arrays& inputs) {
+    bool all_free = true;
+    for_each_cache_input(present(), [&](std::size_t position) { all_free = all_free && inputs[position].is_donatable(); });
+    if (!all_free) mx::synchronize(stream());
+  }
+
+  std::vector<Copy> take_over_cache(const Arrays& inputs, Arrays& outputs) {
     std::vector<Copy> copies;
+    wait_for_earlier_steps(inputs);
     auto output = outputs.begin() + 2;
     for_each_cache_input(present(), [&](std::size_t position) {
       const mx::array& input = inputs[position];
-      if (is_writable_in_place(input)) {
+      if (input.is_donatable() && has_rows(input)) {
         output->copy_shared_buffer(input);
       } else {
         allocate(*output);

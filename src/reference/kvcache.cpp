@@ -74,7 +74,7 @@ mx::array rotated(const AttentionCall& call, const mx::array& x, const mx::array
   const mx::array cosine = angles(*call.optional.rotary_cos);
   const mx::array sine = angles(*call.optional.rotary_sin);
   const bool interleaved = call.problem.rotary_interleaved;
-  std::vector<mx::array> parts = mx::split(mx::astype(x, mx::float32), {dim}, -1);
+  std::vector<mx::array> parts = mx::split(mx::astype(x, mx::float32), mx::Shape{dim}, -1);
   const mx::array pairs = mx::unflatten(parts[0], -1, interleaved ? mx::Shape{dim / 2, 2} : mx::Shape{2, dim / 2});
   const int axis = interleaved ? -1 : -2;
   const mx::array first = mx::take(pairs, 0, axis);
