@@ -83,8 +83,8 @@ double multiply_add_gflops(const Level& level, int threads) {
 }
 
 ReadRate read_rate(const Level& level, int threads) {
-  constexpr std::int64_t burst_bytes = 128 << 20;  // some milliseconds, as a call whose speed is compared with this
-  constexpr int passes = 3;
+  constexpr std::int64_t burst_bytes = 32 << 20;  // a millisecond or two, as the shortest call compared with this
+  constexpr int passes = 5;
   const auto bursts = static_cast<int>(std::max<std::int64_t>(1, bytes_beyond_any_cache() / burst_bytes));
   constexpr std::int64_t chunk = 1024;  // floats; every thread's share of a burst is a whole number of them
   const std::int64_t share = burst_bytes / static_cast<std::int64_t>(sizeof(float)) / threads / chunk * chunk;
