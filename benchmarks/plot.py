@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,30 +28,54 @@ def _head(axes: Axes, title: str, columns: int) -> None:
     axes.set_title(title, loc="left", pad=38)
 
 
-def _plot_speed(axes: Axes, rows: list[Row], ceiling: float) -> None:
+@dataclass(frozen=True)
+class Bar:
+    case: str
+    implementation: str
+    value: float
+    text: str
+
+
+def _plot_bars(axes: Axes, bars: list[Bar], ceiling: float, ceiling_name: str) -> None:
     """One group of bars a case, ours first, each with its value; the ceiling is the dashed line."""
     y = 0.0
     ticks, labels, seen = [], [], set()
-    for case in dict.fromkeys((row["label"], row["steps"]) for row in rows):
-        group = [row for row in rows if (row["label"], row["steps"]) == case]
+    for case in dict.fromkeys(bar.case for bar in bars):
+        group = [bar for bar in bars if bar.case == case]
         top = y
-        for row in group:
-            name = row["implementation"]
+        for bar in group:
+            name = bar.implementation
             legend = None if name in seen else IMPLEMENTATION_NAMES[name]
             seen.add(name)
-            axes.barh(y, row["gflops"], height=0.85, color=COLOURS[name], label=legend)
-            share = f"{gflops(row)}  ({100 * row['of_ceiling']:.0f}%)"
-            axes.text(row["gflops"] + ceiling * 0.008, y, share, va="center", fontsize=8)
+            axes.barh(y, bar.value, height=0.85, color=COLOURS[name], label=legend)
+            axes.text(bar.value + ceiling * 0.008, y, bar.text, va="center", fontsize=8)
             y += 1.0
         ticks.append((top + y - 1.0) / 2)
-        labels.append(f"{case[0]}\n{case[1]}")
+        labels.append(case)
         y += 0.6
-    axes.axvline(ceiling, color="black", linestyle="--", linewidth=1, label=f"FMA ceiling, {ceiling:.0f} GFLOP/s")
+    axes.axvline(ceiling, color="black", linestyle="--", linewidth=1, label=ceiling_name)
     axes.set_yticks(ticks, labels, fontsize=8)
     axes.set_ylim(y - 0.6, -1.0)
-    axes.set_xlim(0, max([ceiling, *(row["gflops"] for row in rows)]) * 1.14)
+    axes.set_xlim(0, max([ceiling, *(bar.value for bar in bars)]) * 1.14)
+
+
+def _plot_speed(axes: Axes, rows: list[Row], ceiling: float) -> None:
+    bars = [
+        Bar(
+            f"{row['label']}\n{row['steps']}", row["implementation"], row["gflops"], f"{gflops(row)}  ({row['of_ceiling']:.0%})"
+        )
+        for row in rows
+    ]
+    _plot_bars(axes, bars, ceiling, f"FMA ceiling, {ceiling:.0f} GFLOP/s")
     axes.set_xlabel("GFLOP/s (in brackets: share of the ceiling); longer is better")
     _head(axes, "Attention on CPU", columns=5)
+
+
+def _plot_decode(axes: Axes, rows: list[Row], ceiling: float) -> None:
+    bars = [Bar(row["label"], row["implementation"], row["gbs"], f"{row['gbs']:.1f}  ({row['of_read']:.0%})") for row in rows]
+    _plot_bars(axes, bars, ceiling, f"memory read ceiling, {ceiling:.1f} GB/s")
+    axes.set_xlabel("GB/s of K and V read once (in brackets: share of the ceiling); longer is better")
+    _head(axes, "Decode over a KV cache", columns=4)
 
 
 def _plot_features(axes: Axes, rows: list[Row]) -> None:
@@ -76,31 +101,6 @@ def _plot_features(axes: Axes, rows: list[Row]) -> None:
     axes.set_xlim(max(0.0, low - 0.08), max([1.0, *(row["of_plain"] for row in rows)]) + 0.08)
     axes.set_xlabel("speed per visible pair, of plain attention's; right of 1.0: faster than plain")
     _head(axes, "What a feature costs", columns=3)
-
-
-def _plot_decode(axes: Axes, rows: list[Row], read_gbs: float) -> None:
-    """As _plot_speed, for what memory limits."""
-    y = 0.0
-    ticks, seen = {}, set()
-    for label in dict.fromkeys(row["label"] for row in rows):
-        group = [row for row in rows if row["label"] == label]
-        ticks[y + (len(group) - 1) / 2] = label
-        for row in group:
-            name = row["implementation"]
-            axes.barh(
-                y, row["gbs"], height=0.85, color=COLOURS[name], label=None if name in seen else IMPLEMENTATION_NAMES[name]
-            )
-            seen.add(name)
-            share = f"{row['gbs']:.1f}  ({100 * row['of_read']:.0f}%)"
-            axes.text(row["gbs"] + read_gbs * 0.008, y, share, va="center", fontsize=8)
-            y += 1.0
-        y += 0.6
-    axes.axvline(read_gbs, color="black", linestyle="--", linewidth=1, label=f"memory read ceiling, {read_gbs:.0f} GB/s")
-    axes.set_yticks(list(ticks), list(ticks.values()), fontsize=8)
-    axes.set_ylim(y - 0.6, -1.0)
-    axes.set_xlim(0, max([read_gbs, *(row["gbs"] for row in rows)]) * 1.14)
-    axes.set_xlabel("GB/s of K and V read once (in brackets: share of the ceiling); longer is better")
-    _head(axes, "Decode over a KV cache", columns=4)
 
 
 def save_plot(path: Path, rows: list[Row], ceiling: float, decode: list[Row], read_gbs: float, subtitle: str) -> None:
