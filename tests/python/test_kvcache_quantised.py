@@ -1,0 +1,297 @@
+"""Quantised caches: int8 with one scale a token and head, and MLX's 8 and 4 bits. Attention is that of the numbers stored."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import oracle
+import pytest
+from kvcache_oracle import Call, Result
+from kvcache_support import (
+    CACHES,
+    assert_attended,
+    cache_call,
+    call_of,
+    copied,
+    decode,
+    pack_new_keys,
+    pack_queries,
+    page,
+    rotary,
+)
+from support import DTYPES, integers, name_of, normal, to_numpy
+
+from flash_attn import flash_attn_func, flash_attn_with_kvcache
+
+FORMATS = ("int8", "mlx8", "mlx4")
+SCALES = {"k_cache": "k_scale", "v_cache": "v_scale"}
+
+each_format = pytest.mark.parametrize("format_", FORMATS)
+each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+
+# ---- the formats, in numpy
+
+
+def quantised(arguments: dict[str, Any], format_: str) -> dict[str, Any]:
+    """The same call on quantised caches."""
+    own = dict(arguments)
+    for name in CACHES:
+        if format_ == "int8":
+            x = to_numpy(arguments[name])
+            scale = (np.abs(x).max(-1) / 127.0).astype(np.float32)
+            codes = np.rint(x / np.where(scale == 0, 1, scale)[..., None].astype(np.float64))
+            own |= {name: mx.array(codes.clip(-127, 127).astype(np.int8)), SCALES[name]: mx.array(scale)}
+        else:
+            own[name] = tuple(mx.quantize(arguments[name], group_size=64, bits=int(format_[3:])))
+    return own
+
+
+def unpacked(packed: mx.array, dim: int) -> np.ndarray:
+    """Codes (.., dim) of MLX's words: little-endian fields of 8 or 4 bits."""
+    words = np.array(packed)
+    bits = words.shape[-1] * 32 // dim
+    fields = words[..., None] >> (np.arange(32 // bits, dtype=np.uint32) * np.uint32(bits))
+    return (fields & np.uint32(2**bits - 1)).reshape(*words.shape[:-1], dim).astype(np.float64)
+
+
+def parts_of(arguments: dict[str, Any], name: str) -> tuple[mx.array, ...]:
+    """Everything that a cache is made of."""
+    cache = arguments[name]
+    return cache if isinstance(cache, tuple) else (cache, arguments[SCALES[name]])
+
+
+def numbers_of(arguments: dict[str, Any], name: str) -> np.ndarray:
+    """What a quantised cache stands for."""
+    parts = parts_of(arguments, name)
+    if len(parts) == 2:
+        return to_numpy(parts[0]) * to_numpy(parts[1])[..., None]
+    packed, scales, biases = parts
+    codes = unpacked(packed, scales.shape[-1] * 64)
+    scale, bias = (np.repeat(to_numpy(x), 64, -1) for x in (scales, biases))
+    return codes * scale + bias
+
+
+def step_of_code(arguments: dict[str, Any], name: str) -> np.ndarray:
+    """How far apart the numbers are that one code can hold, for every element."""
+    parts = parts_of(arguments, name)
+    if len(parts) == 2:
+        return np.abs(to_numpy(parts[1]))[..., None]
+    return np.repeat(np.abs(to_numpy(parts[1])), 64, -1)
+
+
+def as_numbers(arguments: dict[str, Any]) -> Call:
+    """The call for the oracle, its caches as numbers."""
+    others = {name: value for name, value in arguments.items() if name not in ("k_scale", "v_scale")}
+    return call_of(others | {name: numbers_of(arguments, name) for name in CACHES})
+
+
+def poisoned(arguments: dict[str, Any]) -> dict[str, Any]:
+    """NaN for the scales of every slot that no sequence sees."""
+    seen = mx.array(as_numbers(arguments).marked("seen_places"))[..., None]
+    own = dict(arguments)
+    for name in CACHES:
+        if isinstance(own[name], tuple):
+            packed, *rest = own[name]
+            own[name] = (packed, *(mx.where(seen[..., None], x, mx.array(mx.nan, x.dtype)) for x in rest))
+        else:
+            own[SCALES[name]] = mx.where(seen, own[SCALES[name]], mx.nan)
+    return own
+
+
+# ---- one way to run and compare
+
+
+def same_bits(a: mx.array, b: mx.array) -> np.ndarray:
+    """bool (rows, slots): where both hold the same, NaN or not."""
+    a, b = (x.view(mx.uint8) if x.dtype != mx.int8 else x for x in (a, b))
+    return np.all((np.array(a) == np.array(b)).reshape(*a.shape[:2], -1), -1)
+
+
+def check(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Returns the arguments with their caches as the call left them."""
+    arguments = poisoned(arguments)
+    call = as_numbers(arguments)
+    own = copied(arguments)
+    out, lse = flash_attn_with_kvcache(**own, return_softmax_lse=True)
+    got = Result(to_numpy(out), to_numpy(lse), *(numbers_of(own, name) for name in CACHES))
+
+    new = call.marked("new_places")
+    for name, exact in zip(CACHES, call.appended(), strict=True):
+        for before, after in zip(parts_of(arguments, name), parts_of(own, name), strict=True):
+            assert (before.shape, before.dtype) == (after.shape, after.dtype)
+            assert np.all(same_bits(before, after)[~new])
+        # int8 rounds to the nearest code; MLX's formula keeps the larger end and zero exact, the other end may be a code away.
+        reach = 0.51 if len(parts_of(own, name)) == 2 else 1.01
+        spacing = {oracle.exact: 1e-6, oracle.to_bfloat16: 2.0**-7, oracle.to_float16: 2.0**-10}[call.stored]
+        bound = reach * step_of_code(own, name)[new] + spacing * np.abs(exact[new]).max(initial=0.0)
+        assert np.all(np.abs(numbers_of(own, name)[new] - exact[new]) <= bound)
+
+    def attended(rounding: oracle.Rounding) -> Result:
+        return Result(*call.attended(got.k_cache, got.v_cache, rounding), got.k_cache, got.v_cache)
+
+    rounding = call.stored
+    assert_attended(got, attended(oracle.exact), None if rounding is oracle.exact else attended(rounding), call)
+    return own
+
+
+@each_format
+def test_the_numbers_of_a_format_are_mlxs(rng, format_):
+    """The test's own reading of packed words against mx.dequantize."""
+    if format_ == "int8":
+        pytest.skip("MLX has no such format")
+    parts = mx.quantize(normal(rng, 2, 5, 3, 128), group_size=64, bits=int(format_[3:]))
+    want = mx.dequantize(*parts, group_size=64, bits=int(format_[3:]))
+    np.testing.assert_allclose(numbers_of({"k_cache": tuple(parts)}, "k_cache"), to_numpy(want), atol=1e-5)
+
+
+# ---- reading
+
+
+@each_format
+@each_dtype
+@pytest.mark.parametrize("seqlen_q", [1, 2, 5, 16, 40, 65])
+def test_attention_over_the_numbers_stored(rng, seqlen_q, dtype, format_):
+    arguments = cache_call(rng, 2, seqlen_q, 150, 4, 2, 64, dtype=dtype)
+    check(quantised(arguments, format_) | {"causal": True})
+
+
+@each_format
+@pytest.mark.parametrize("heads", [(4, 4), (8, 2), (6, 1)], ids=str)
+@pytest.mark.parametrize(("dim", "dim_v"), [(64, 64), (128, 128), (64, 128), (192, 64)])
+def test_heads_and_head_dims(rng, dim, dim_v, heads, format_):
+    check(quantised(cache_call(rng, 2, 3, 70, *heads, dim, dim_v), format_))
+
+
+@pytest.mark.parametrize("dim", [1, 7, 40, 80, 111])
+def test_int8_has_any_head_dim(rng, dim):
+    check(quantised(cache_call(rng, 2, 3, 70, dim=dim, seqlen_new=2), "int8"))
+
+
+@each_format
+@each_dtype
+def test_a_long_quantised_cache(rng, dtype, format_):
+    arguments = cache_call(rng, 2, 1, 2000, 8, 2, 64, dtype=dtype) | {"cache_seqlens": integers(2000, 777)}
+    check(quantised(arguments, format_))
+
+
+@each_format
+@pytest.mark.parametrize("feature", ["window", "softcap", "alibi", "sink", "leftpad", "qv", "chunk"])
+def test_features_of_quantised_caches(rng, feature, format_):
+    options: dict[str, Any] = {
+        "window": {"window_size": (9, 3)},
+        "softcap": {"softcap": 3.0},
+        "alibi": {"alibi_slopes": normal(rng, 4)},
+        "sink": {"learnable_sink": normal(rng, 4)},
+        "leftpad": {"cache_leftpad": integers(1, 0)},
+        "qv": {"qv": normal(rng, 2, 3, 4, 64)},
+        "chunk": {"attention_chunk": 8, "causal": True},
+    }[feature]
+    check(quantised(cache_call(rng, 2, 3, 70, dim=64, seqlen_new=3), format_) | options)
+
+
+# ---- appending
+
+
+@each_format
+@each_dtype
+@pytest.mark.parametrize(("seqlen_q", "seqlen_new"), [(1, 1), (1, 5), (5, 2), (20, 20)])
+def test_new_tokens_are_quantised_in_place(rng, seqlen_q, seqlen_new, dtype, format_):
+    arguments = cache_call(rng, 3, seqlen_q, 60, dim=64, seqlen_new=seqlen_new, dtype=dtype)
+    check(quantised(arguments, format_) | {"causal": True})
+
+
+@each_format
+@each_dtype
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_keys_are_rotated_before_they_are_quantised(rng, interleaved, dtype, format_):
+    arguments = cache_call(rng, 2, 4, 60, dim=64, seqlen_new=4, dtype=dtype)
+    check(quantised(rotary(rng, arguments, 32, interleaved), format_) | {"causal": True})
+
+
+@each_format
+@pytest.mark.parametrize("page_size", [1, 3, 16])
+def test_pages_batch_idx_and_leftpad_of_quantised_caches(rng, page_size, format_):
+    arguments = cache_call(rng, 3, 2, 60, dim=64, seqlen_new=4, rows=4) | {"cache_seqlens": integers(40, 3, 56)}
+    arguments |= {"cache_leftpad": integers(7, 3, 0), "cache_batch_idx": integers(2, 3, 0), "causal": True}
+    check(quantised(page(rng, arguments, page_size), format_))
+
+
+@each_format
+def test_packed_queries_and_new_keys_of_quantised_caches(rng, format_):
+    arguments = cache_call(rng, 3, 5, 60, dim=64, seqlen_new=6)
+    check(quantised(pack_new_keys(pack_queries(arguments, [5, 0, 2]), [6, 1, 3]), format_) | {"causal": True})
+
+
+@each_format
+def test_a_missing_page_of_quantised_caches(rng, format_):
+    arguments = page(rng, cache_call(rng, 2, 2, 48, dim=64) | {"cache_seqlens": integers(48, 30)}, 8)
+    table = np.array(arguments["block_table"])
+    table[0, 2], table[1, 0] = -1, -1
+    check(quantised(arguments | {"block_table": mx.array(table)}, format_))
+
+
+@each_format
+@each_dtype
+def test_tokens_of_zeros_and_of_one_value_stay_exact(rng, dtype, format_):
+    arguments = cache_call(rng, 1, 1, 10, dim=64, seqlen_new=2, dtype=dtype) | {"cache_seqlens": 4}
+    flat = mx.concatenate([mx.zeros((1, 1, 2, 64), dtype), mx.full((1, 1, 2, 64), 0.5, dtype)], axis=1)
+    own = check(quantised(arguments | {"k": flat, "v": -flat}, format_))
+    np.testing.assert_allclose(numbers_of(own, "k_cache")[0, 4:6], to_numpy(flat)[0], atol=2e-3)
+    np.testing.assert_array_equal(numbers_of(own, "v_cache")[0, 4], 0)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_mlxs_format_is_what_mx_quantize_gives(rng, bits):
+    """To within one code, where a tie or the last bit of a scale falls the other way."""
+    arguments = quantised(cache_call(rng, 2, 1, 20, dim=128, seqlen_new=5) | {"cache_seqlens": 3}, f"mlx{bits}")
+    want = mx.quantize(arguments["k"], group_size=64, bits=bits)
+    mx.eval(flash_attn_with_kvcache(**arguments))
+    packed, scales, biases = (part[:, 3:8] for part in arguments["k_cache"])
+    np.testing.assert_allclose(to_numpy(scales), to_numpy(want[1]), rtol=1e-5)
+    np.testing.assert_allclose(to_numpy(biases), to_numpy(want[2]), rtol=1e-5)
+    assert np.abs(unpacked(packed, 128) - unpacked(want[0], 128)).max() <= 1
+
+
+def test_int8_uses_its_whole_range(rng):
+    arguments = quantised(cache_call(rng, 2, 1, 20, dim=64, seqlen_new=5) | {"cache_seqlens": 3}, "int8")
+    mx.eval(flash_attn_with_kvcache(**arguments))
+    assert np.all(np.abs(np.array(arguments["k_cache"][:, 3:8])).max(-1) >= 126)
+
+
+# ---- decoding
+
+
+@each_format
+@pytest.mark.parametrize("page_size", [None, 8])
+def test_decoding_stays_within_the_formats_precision(rng, page_size, format_):
+    q, k, v = (normal(rng, 2, 60, h, 64) for h in (4, 2, 2))
+    caches: dict[str, Any] = {"k_cache": mx.zeros(k.shape), "v_cache": mx.zeros(v.shape)}
+    if page_size:
+        caches = page(rng, caches, page_size)
+        del caches["cache_seqlens"]
+    outs = decode(q, k, v, quantised(caches, format_), range(60))
+    want = to_numpy(flash_attn_func(q, k, v, causal=True))
+    found = np.sqrt(np.mean((to_numpy(mx.concatenate(outs, axis=1)) - want) ** 2))
+    assert found <= {"int8": 0.01, "mlx8": 0.01, "mlx4": 0.12}[format_]
+
+
+@each_format
+def test_compile_with_every_part_as_input_and_output(rng, format_):
+    arguments = quantised(cache_call(rng, 2, 2, 40, dim=64, seqlen_new=2), format_) | {"causal": True}
+    names = ("q", "k", "v", *CACHES, *(name for name in ("k_scale", "v_scale") if name in arguments))
+
+    @mx.compile
+    def step(*given):
+        own = arguments | dict(zip(names, given, strict=True))
+        own |= {name: tuple(own[name]) for name in CACHES if not isinstance(own[name], mx.array)}
+        out = flash_attn_with_kvcache(**own)
+        return out, [part for name in CACHES for part in parts_of(own, name)]
+
+    out, parts = step(*(arguments[name] for name in names))
+    own = copied(arguments)
+    want = flash_attn_with_kvcache(**own)
+    np.testing.assert_allclose(to_numpy(out), to_numpy(want), atol=1e-6)
+    for got, part in zip(parts, [part for name in CACHES for part in parts_of(own, name)], strict=True):
+        assert np.all(same_bits(got, part))
