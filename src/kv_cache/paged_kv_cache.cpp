@@ -1,34 +1,24 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
-#include <sstream>
-#include <stdexcept>
-#include <string>
 #include <utility>
 
 #include "flash_attn/kv_cache.h"
 #include "mlx/ops.h"
 #include "mlx/transforms.h"
+#include "ops/require.h"
 
 namespace flash_attn {
 namespace {
 
-void require_positive(const char* argument, int got) {
-  if (got >= 1) return;
-  throw std::invalid_argument("[flash_attn] " + std::string(argument) + ": got " + std::to_string(got) +
-                              ", needs an integer of at least 1");
-}
-
 void check(const PagedKVCacheOptions& options) {
-  require_positive("kv_heads", options.kv_heads);
-  require_positive("head_dim", options.head_dim);
-  require_positive("head_dim_v", options.head_dim_v.value_or(1));
-  require_positive("layers", options.layers);
+  require_at_least("kv_heads", options.kv_heads, 1);
+  require_at_least("head_dim", options.head_dim, 1);
+  require_at_least("head_dim_v", options.head_dim_v.value_or(1), 1);
+  require_at_least("layers", options.layers, 1);
   const mx::Dtype dtype = options.dtype;
   if (dtype != mx::float32 && dtype != mx::bfloat16 && dtype != mx::float16 && dtype != mx::int8) {
-    std::ostringstream message;
-    message << "[flash_attn] dtype: got " << dtype << ", needs float32, bfloat16, float16 or int8";
-    throw TypeError(message.str());
+    fail<TypeError>("dtype", dtype, "float32, bfloat16, float16 or int8");
   }
 }
 
