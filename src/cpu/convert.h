@@ -87,15 +87,14 @@ FA_INLINE Vec from_uint8(const char* p) {
 }
 // Four bits each, the low half of a byte first.
 FA_INLINE Vec from_uint4(const char* p) {
-  UVec codes = {};
-  for (int lane = 0; lane < lanes; lane += 8) {
-    std::uint32_t word = 0;
-    __builtin_memcpy(&word, p + lane / 2, lanes < 8 ? lanes / 2 : 4);
-    for (int i = lane; i < lane + 8 && i < lanes; ++i) codes[i] = word;
-  }
-  UVec shift = {};
-  for (int lane = 0; lane < lanes; ++lane) shift[lane] = static_cast<std::uint32_t>(lane % 8) * 4;
-  return to_float(reinterpret_cast<IVec>((codes >> shift) & 15u));
+  using Bytes = std::uint8_t __attribute__((vector_size(16)));
+  std::uint64_t low = 0;
+  __builtin_memcpy(&low, p, lanes / 2);
+  const std::uint64_t __attribute__((vector_size(16))) words = {low, 0};
+  const auto pairs = reinterpret_cast<Bytes>(words);
+  const Bytes codes =
+      __builtin_shufflevector(pairs & 15, pairs >> 4, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+  return from_uint8(reinterpret_cast<const char*>(&codes));
 }
 
 // Bytes an element takes; of an affine tensor, whose strides count words, a word.

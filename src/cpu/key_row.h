@@ -30,6 +30,13 @@ inline const char* first_element(const KeyTensor& source, KeySlot slot, std::int
   return slot.exists() ? element(tensor.data, tensor.dtype, slot.offset(tensor.strides, head)) : zero_row;
 }
 
+template <DType dtype>
+constexpr int row_bytes(int dim) {
+  if (dtype == DType::affine4) return dim / 2;
+  if (dtype == DType::affine8 || dtype == DType::int8) return dim;
+  return dtype == DType::float32 ? dim * 4 : dim * 2;
+}
+
 // A copy of the `count` elements of a row that are left, zeros after them: reads no further than the row.
 struct RowTail {
   alignas(64) char bytes[lanes * sizeof(float)] = {};

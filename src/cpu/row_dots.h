@@ -24,14 +24,8 @@ constexpr int value_vectors = many_registers ? 4 : 2;
 FA_INLINE void sum_lanes(Vec a, Vec b, Vec c, Vec d, float* sums) {
   // Neighbouring lanes of a 128-bit part first: [a0 + a2, b0 + b2, a1 + a3, b1 + b3] of each part.
   const auto pairs = [](Vec x, Vec y) { return unpack_low(x, y) + unpack_high(x, y); };
-  const Vec parts = pairs(pairs(a, c), pairs(b, d));
-  float total[lanes];
-  store(total, parts);
-  for (int i = 0; i < 4; ++i) {
-    float sum = total[i];
-    for (int part = 4; part < lanes; part += 4) sum += total[part + i];
-    sums[i] = sum;
-  }
+  const Part total = sum_of_parts(pairs(pairs(a, c), pairs(b, d)));
+  __builtin_memcpy(sums, &total, sizeof(total));
 }
 
 // acc[key][row] += K_key . Q_row, a vector of partial sums. q [M][q_stride], zeros after the last dim.

@@ -124,6 +124,19 @@ FA_INLINE Vec unpack_high(Vec a, Vec b) {
 #endif
 }
 
+// The 128-bit parts of a vector, added.
+using Part = float __attribute__((vector_size(16)));
+FA_INLINE Part sum_of_parts(Vec x) {
+#if FA_VECTOR_BYTES == 16
+  return x;
+#elif FA_VECTOR_BYTES == 32
+  return __builtin_shufflevector(x, x, 0, 1, 2, 3) + __builtin_shufflevector(x, x, 4, 5, 6, 7);
+#else
+  return (__builtin_shufflevector(x, x, 0, 1, 2, 3) + __builtin_shufflevector(x, x, 4, 5, 6, 7)) +
+         (__builtin_shufflevector(x, x, 8, 9, 10, 11) + __builtin_shufflevector(x, x, 12, 13, 14, 15));
+#endif
+}
+
 // [lanes][lanes] in place: log2(lanes) perfect shuffles of rows i and i + lanes / 2.
 FA_INLINE void transpose(Vec (&rows)[lanes]) {
 #pragma GCC unroll 4
