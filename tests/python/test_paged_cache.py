@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 
 import mlx.core as mx
@@ -482,6 +483,41 @@ def test_a_decode_loop_with_forks_never_copies_the_cache(rng):
     mx.eval(outs, cache.k_cache, cache.v_cache)
     assert cache.stats().copies == 6
     assert mx.get_peak_memory() - before < cache.k_cache.nbytes // 4
+
+
+def test_two_threads_may_decode_from_a_cache_each(rng):
+    q, k, v = (normal(rng, 1, 1, heads, 64) for heads in (8, 4, 4))
+    mx.eval(q, k, v)
+
+    def decode() -> np.ndarray:
+        stream = mx.new_stream(mx.cpu)
+        cache = PagedKVCache(64, 4, 4, 64, dtype=mx.float32, stream=stream)
+        seq = cache.add_sequence()
+        outs = []
+        for turn in range(100):
+            if turn % 5 == 3:
+                seq = cache.fork(seq)
+            step = cache.append([seq], 1)
+            new_k, new_v = (mx.multiply(x, turn + 1, stream=stream) for x in (k, v))
+            outs.append(
+                flash_attn_with_kvcache(
+                    q,
+                    cache.k_cache,
+                    cache.v_cache,
+                    new_k,
+                    new_v,
+                    cache_seqlens=step.cache_seqlens,
+                    block_table=step.block_table,
+                    stream=stream,
+                )
+            )
+        return to_numpy(mx.concatenate(outs, stream=stream))
+
+    alone = decode()
+    with ThreadPoolExecutor(2) as pool:
+        together = [pool.submit(decode) for _ in range(2)]
+    for result in together:
+        np.testing.assert_array_equal(result.result(), alone)
 
 
 def test_an_int8_cache_is_filled_and_read_by_attention(rng):
