@@ -41,8 +41,6 @@ inline std::int64_t decode_scratch_size(const DecodePass& pass, std::int32_t row
   return DecodeSizes(*pass.problem, rows).total();
 }
 
-inline std::int64_t partial_row_size(const AttentionProblem& problem) { return round_up(problem.head_dim_v, lanes); }
-
 struct DecodeState {
   DecodeSizes sizes;
   int panel_count;
@@ -87,8 +85,7 @@ inline void start_rows(const DecodePass& pass, const DecodeTask& task, DecodeSta
     const int row = i * panel_rows;
     RowPanel& panel = state.panels[i];
     panel = RowPanel(problem, inputs, unit, row, state.sizes.rows);
-    // One task has the sink; the others only have keys.
-    start_softmax(panel, task.split == 0 ? inputs.learnable_sink : nullptr, state.softmax[i]);
+    start_softmax(panel, task.is_first ? inputs.learnable_sink : nullptr, state.softmax[i]);
     read_queries(inputs.q, panel, unit, problem.head_dim, state.sizes.q_stride, state.q + row * state.sizes.q_stride);
     if (problem.has_qv) {
       read_queries(inputs.qv, panel, unit, problem.head_dim_v, state.sizes.qv_stride, state.qv + row * state.sizes.qv_stride);
@@ -198,22 +195,9 @@ inline void value_block(const DecodePass& pass, const Unit& unit, const KeySlots
 }
 
 inline void finish_rows(const DecodePass& pass, const DecodeTask& task, DecodeState& state) {
-  const AttentionProblem& problem = *pass.problem;
-  const auto dims = static_cast<int>(state.sizes.o_stride);
   for (int i = 0; i < state.panel_count; ++i) {
-    const RowPanel& panel = state.panels[i];
-    for (int lane = 0; lane < panel.rows; ++lane) {
-      const int row = i * panel_rows + lane;
-      const RowEnd end = end_of_row(problem, state.softmax[i], lane);
-      float* o = state.o + row * state.sizes.o_stride;
-      scale_row(o, end.scale, dims);
-      if (task.partial.o) {
-        std::memcpy(task.partial.o + row * state.sizes.o_stride, o, static_cast<std::size_t>(dims) * sizeof(float));
-        task.partial.lse_log2[row] = end.lse_log2;
-      } else {
-        write_result(problem, *pass.outputs, panel, *task.unit, lane, o, end.lse_log2);
-      }
-    }
+    finish_panel(*pass.problem, *pass.outputs, *task.unit, state.panels[i], state.softmax[i], i * panel_rows,
+                 state.o + i * panel_rows * state.sizes.o_stride, state.sizes.o_stride, task.partial);
   }
 }
 

@@ -1,6 +1,7 @@
 // The forward pass: memory, threads and order. Arithmetic is in forward_kernel.h.
 
 #include <algorithm>
+#include <iterator>
 #include <limits>
 #include <vector>
 
@@ -9,6 +10,7 @@
 #include "cpu/decode.h"
 #include "cpu/isa.h"
 #include "cpu/kernels.h"
+#include "cpu/key_runs.h"
 #include "cpu/parallel.h"
 #include "cpu/sequences.h"
 
@@ -39,7 +41,6 @@ void clear_unused_rows(const AttentionProblem& problem, const std::vector<Sequen
 struct PackedUnit {
   const Unit* unit;
   std::int64_t first_block;  // where its blocks start in the buffer
-  std::int32_t blocks;
 };
 
 struct RowTask {
@@ -49,14 +50,15 @@ struct RowTask {
   std::int64_t cost;  // keys to visit, for the order only
 };
 
+std::int32_t rows_of_task(const Kernels& level) { return panels_per_task * level.panel_rows; }
+
 // Units [begin, end): packs their K and V once, then runs their row blocks.
 void forward_units(const Kernels& level, const ForwardPass& pass, int threads, const Unit* begin, const Unit* end) {
   std::vector<PackedUnit> packed_units;
   std::int64_t blocks = 0;
   for (const Unit* unit = begin; unit != end; ++unit) {
-    const std::int32_t count = (unit->sequence.k.length + pass.key_block - 1) / pass.key_block;
-    packed_units.push_back({unit, blocks, count});
-    blocks += count;
+    packed_units.push_back({unit, blocks});
+    blocks += (unit->sequence.k.length + pass.key_block - 1) / pass.key_block;
   }
   const Buffer packed = allocate(blocks * pass.packed_block_size);
 
@@ -66,7 +68,7 @@ void forward_units(const Kernels& level, const ForwardPass& pass, int threads, c
     float* destination;
   };
   std::vector<BlockTask> block_tasks;
-  const std::int32_t rows_per_task = panels_per_task * level.panel_rows;
+  const std::int32_t rows_per_task = rows_of_task(level);
   std::vector<RowTask> row_tasks;
   for (std::size_t i = 0; i < packed_units.size(); ++i) {
     const Unit& unit = *packed_units[i].unit;
@@ -95,10 +97,26 @@ void forward_units(const Kernels& level, const ForwardPass& pass, int threads, c
   parallel_for(static_cast<std::int64_t>(row_tasks.size()), threads, [&](std::int64_t i, int slot) {
     const RowTask& task = row_tasks[static_cast<std::size_t>(i)];
     const PackedUnit& unit = packed_units[task.packed_unit];
-    level.forward_rows(pass,
-                       {unit.unit, packed.get() + unit.first_block * pass.packed_block_size, task.row_begin, task.row_end},
+    const float* blocks_of_unit = packed.get() + unit.first_block * pass.packed_block_size;
+    const KeyRange all_keys = {0, unit.unit->sequence.k.length};
+    level.forward_rows(pass, {unit.unit, blocks_of_unit, task.row_begin, task.row_end, all_keys, true, {nullptr, nullptr}},
                        scratch.get() + slot * scratch_size);
   });
+}
+
+// Units whose rows are one task: it packs the keys it reads itself, in cache, since no other reads them. Runs of keys feed the
+// threads instead.
+void forward_short_units(const Kernels& level, const ForwardPass& pass, int threads, const std::vector<Unit>& units) {
+  if (units.empty()) return;
+  const KeyRuns runs(level, *pass.problem, units, pass.key_block);
+  const std::int64_t scratch_size = (level.forward_scratch_size(pass) + 15) / 16 * 16;
+  const Buffer scratch = allocate(scratch_size * threads);
+  parallel_for(static_cast<std::int64_t>(runs.runs().size()), threads, [&](std::int64_t i, int slot) {
+    const KeyRun& run = runs.runs()[static_cast<std::size_t>(i)];
+    level.forward_rows(pass, {run.unit, nullptr, 0, run.unit->packed_rows(), run.keys, run.is_first, run.partial},
+                       scratch.get() + slot * scratch_size);
+  });
+  runs.combine({pass.problem, pass.inputs, pass.outputs}, threads);
 }
 
 }  // namespace
@@ -106,6 +124,7 @@ void forward_units(const Kernels& level, const ForwardPass& pass, int threads, c
 void forward(const AttentionProblem& problem, const AttentionInputs& inputs, const ForwardOutputs& outputs) {
   const Kernels& level = kernels();
   const std::vector<Sequence> sequences = sequences_of(problem, inputs);
+  const auto is_short = [&](const Unit& unit) { return unit.packed_rows() <= rows_of_task(level); };
   std::vector<Unit> units = units_of(problem, sequences);
   std::erase_if(units, [&](const Unit& unit) { return suits_decode(problem, inputs, unit.sequence); });
   const std::int32_t key_block = forward_key_block(problem);
@@ -113,6 +132,10 @@ void forward(const AttentionProblem& problem, const AttentionInputs& inputs, con
   const int threads = thread_count();
   clear_unused_rows(problem, sequences, outputs);
   decode_sequences(level, {&problem, &inputs, &outputs}, threads, sequences);
+  std::vector<Unit> short_units;
+  std::copy_if(units.begin(), units.end(), std::back_inserter(short_units), is_short);
+  forward_short_units(level, pass, threads, short_units);
+  std::erase_if(units, is_short);
 
   // As many units at a time as their packed keys allow, and enough of them to feed every thread.
   const auto at_least = static_cast<std::size_t>(threads);

@@ -80,16 +80,6 @@ inline void attend(const BlockContext& block, const RowPanel& panel, PanelState&
   value_product<Operand, N>(p, words<Operand>(tile.keys), v, v_panel_stride, panels_of(problem.head_dim_v), alpha, state.o);
 }
 
-inline void finish_panel(const ForwardPass& pass, const Unit& unit, const RowPanel& panel, PanelState& state) {
-  const int dims = round_up(pass.problem->head_dim_v, dim_panel);
-  for (int lane = 0; lane < panel.rows; ++lane) {
-    const RowEnd end = end_of_row(*pass.problem, state.softmax, lane);
-    float* row = state.o + std::int64_t{lane} * dims;
-    scale_row(row, end.scale, dims);
-    write_result(*pass.problem, *pass.outputs, panel, unit, lane, row, end.lse_log2);
-  }
-}
-
 // ---- a task
 
 inline std::int64_t forward_scratch_size(const ForwardPass& pass) {
@@ -97,7 +87,7 @@ inline std::int64_t forward_scratch_size(const ForwardPass& pass) {
   const std::int64_t dims_v = round_up(pass.problem->head_dim_v, dim_panel);
   const std::int64_t mask_rows = std::int64_t{lanes} * round_up(pass.key_block, lanes);
   const std::int64_t tile = std::int64_t{pass.key_block + overhang_keys} * panel_rows;
-  return mask_rows + tile + task_panels * panel_rows * (dim + dims_v);
+  return mask_rows + tile + task_panels * panel_rows * (dim + dims_v) + pass.packed_block_size;
 }
 
 template <class Operand>
@@ -127,14 +117,17 @@ inline void forward_rows(const ForwardPass& pass, const ForwardTask& task, float
     pack_transposed<Operand>(panel, problem.scored_dims(), state.q_transposed, [&](int lane, float* row) {
       return view_query(inputs, problem, unit, panel, lane, row);
     });
-    start_softmax(panel, inputs.learnable_sink, state.softmax);
+    start_softmax(panel, task.is_first ? inputs.learnable_sink : nullptr, state.softmax);
     std::memset(state.o, 0, sizeof(float) * static_cast<std::size_t>(panel.width() * dims_v));
     some = {min_of(some.begin, panel.some.begin), max_of(some.end, panel.some.end)};
   }
 
+  some = {max_of(some.begin, task.keys.begin), min_of(some.end, task.keys.end)};
+  float* own_block = take(pass.packed_block_size);
   for (std::int32_t block = some.begin / pass.key_block; some.begin < some.end && block * pass.key_block < some.end; ++block) {
+    if (!task.packed) pack_keys_values<Operand>(pass, unit, block, own_block);
     const BlockContext context = {&pass,
-                                  task.packed + block * pass.packed_block_size,
+                                  task.packed ? task.packed + block * pass.packed_block_size : own_block,
                                   block * pass.key_block,
                                   {&problem, &inputs, &unit, scale, mask_rows, round_up(pass.key_block, lanes), nullptr},
                                   &steps,
@@ -153,7 +146,10 @@ inline void forward_rows(const ForwardPass& pass, const ForwardTask& task, float
       }
     }
   }
-  for (int i = 0; i < panel_count; ++i) finish_panel(pass, unit, panels[i], states[i]);
+  for (int i = 0; i < panel_count; ++i) {
+    finish_panel(problem, *pass.outputs, unit, panels[i], states[i].softmax, task.row_begin + i * panel_rows, states[i].o, dims_v,
+                 task.partial);
+  }
 }
 
 }  // namespace

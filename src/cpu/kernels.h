@@ -19,11 +19,20 @@ struct ForwardPass {
   std::int64_t packed_block_size;  // floats
 };
 
+// A result over some of the keys.
+struct Partial {
+  float* o;         // [rows][partial_row_size]; null: the task has all keys, the result is the caller's
+  float* lse_log2;  // [rows]
+};
+
 struct ForwardTask {
   const Unit* unit;
-  const float* packed;     // the unit's blocks from key 0 on; those that nobody sees are not filled
+  const float* packed;     // the unit's blocks from key 0 on, those that nobody sees not filled; null: the task packs its own
   std::int32_t row_begin;  // packed rows
   std::int32_t row_end;
+  KeyRange keys;  // from a whole block on
+  bool is_first;  // of the unit's runs of keys
+  Partial partial;
 };
 
 // Few rows over many keys: a task has some kv heads of a sequence and a run of its keys.
@@ -35,16 +44,10 @@ struct DecodePass {
 
 constexpr std::int32_t max_decode_rows = 512;  // of a task
 
-// A result over some of the keys.
-struct Partial {
-  float* o;         // [rows][partial_row_size]; null: the task has all keys, the result is the caller's
-  float* lse_log2;  // [rows]
-};
-
 struct DecodeTask {
   const Unit* unit;
   KeyRange keys;
-  std::int32_t split;  // its place among those of the unit
+  bool is_first;  // of the unit's runs
   Partial partial;
 };
 

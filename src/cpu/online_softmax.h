@@ -12,7 +12,7 @@ struct SoftmaxState {
   alignas(64) float l[panel_rows];
 };
 
-// A sink is a key that was seen before all others, whose value is 0.
+// A sink is a key that was seen before all others, whose value is 0: where keys are divided into runs, by the first run.
 inline void start_softmax(const RowPanel& panel, const float* learnable_sink, SoftmaxState& state) {
   for (int lane = 0; lane < panel.width(); ++lane) {
     const float sink = learnable_sink ? learnable_sink[panel.head[lane]] * log2_e : -__builtin_inff();
@@ -79,6 +79,24 @@ inline void write_result(const AttentionProblem& problem, const ForwardOutputs& 
   write_row(out.dtype, element(out.data, out.dtype, panel.offset(unit, out.strides, lane)), out.strides.dim, problem.head_dim_v,
             row);
   outputs.lse[panel.offset(unit, outputs.lse_strides, lane)] = lse_log2 * ln_2;
+}
+
+inline std::int64_t partial_row_size(const AttentionProblem& problem) { return round_up(problem.head_dim_v, lanes); }
+
+// O / l and lse of a panel, the first row of which is `row` of its unit: to the caller, or to a partial result.
+inline void finish_panel(const AttentionProblem& problem, const ForwardOutputs& outputs, const Unit& unit, const RowPanel& panel,
+                         const SoftmaxState& state, int row, float* o, std::int64_t o_stride, const Partial& partial) {
+  const std::int64_t size = partial_row_size(problem);
+  for (int lane = 0; lane < panel.rows; ++lane, o += o_stride) {
+    const RowEnd end = end_of_row(problem, state, lane);
+    scale_row(o, end.scale, static_cast<int>(size));
+    if (partial.o) {
+      std::memcpy(partial.o + (row + lane) * size, o, static_cast<std::size_t>(size) * sizeof(float));
+      partial.lse_log2[row + lane] = end.lse_log2;
+    } else {
+      write_result(problem, outputs, panel, unit, lane, o, end.lse_log2);
+    }
+  }
 }
 
 }  // namespace

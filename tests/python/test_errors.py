@@ -146,11 +146,6 @@ def test_bad_packing(change, error, argument):
     assert_refused(error, argument, flash_attn_varlen_func, *tensors, **(GOOD | change))
 
 
-def test_paged_keys_are_not_there_yet():
-    assert_refused(
-        NotImplementedError, "block_table", flash_attn_varlen_func, *PACKED, **GOOD, block_table=integers(0, 1)[None]
-    )
-
 
 def test_unknown_arguments_are_refused():
     with pytest.raises(TypeError):
