@@ -118,14 +118,14 @@ FA_INLINE void prefetch_rows(const KeyTensor& source, const KeySlots& keys, int 
   }
 }
 
-template <DType dtype>
+template <DType k_dtype, DType v_dtype>
 inline void score_block(const DecodePass& pass, const Unit& unit, const KeySlots& keys, DecodeState& state) {
   const AttentionProblem& problem = *pass.problem;
   const float scale = ScoreScale(problem).query;
   const KeyTensor k = keys_of(problem, *pass.inputs);
   const KeyTensor v = values_of(problem, *pass.inputs);
   const int rows = unit.rows_of_head();
-  const auto multiply = [&](const KeyTensor& source, const float* q, std::int64_t q_stride, bool add) {
+  const auto multiply = [&]<DType dtype>(const KeyTensor& source, const float* q, std::int64_t q_stride, bool add) {
     for (int key = 0; key < keys.count; key += walk_keys) {
       for (int head = 0; head < unit.kv_heads; ++head) {
         KeyRow<dtype> key_rows[walk_keys];
@@ -139,8 +139,8 @@ inline void score_block(const DecodePass& pass, const Unit& unit, const KeySlots
       }
     }
   };
-  multiply(k, state.q, state.sizes.q_stride, false);
-  if (problem.has_qv) multiply(v, state.qv, state.sizes.qv_stride, true);
+  multiply.template operator()<k_dtype>(k, state.q, state.sizes.q_stride, false);
+  if (problem.has_qv) multiply.template operator()<v_dtype>(v, state.qv, state.sizes.qv_stride, true);
 }
 
 template <int N>
@@ -201,7 +201,7 @@ inline void finish_rows(const DecodePass& pass, const DecodeTask& task, DecodeSt
   }
 }
 
-template <DType dtype>
+template <DType k_dtype, DType v_dtype = k_dtype>
 inline void decode_rows(const DecodePass& pass, const DecodeTask& task, float* scratch) {
   const Unit& unit = *task.unit;
   const ScoreSteps steps(*pass.problem, *pass.inputs);
@@ -209,14 +209,16 @@ inline void decode_rows(const DecodePass& pass, const DecodeTask& task, float* s
   start_rows(pass, task, state);
   for (std::int32_t begin = task.keys.begin; begin < task.keys.end; begin += decode_block) {
     const KeySlots keys(pass, unit, begin, min_of(decode_block, task.keys.end - begin));
-    score_block<dtype>(pass, unit, keys, state);
+    score_block<k_dtype, v_dtype>(pass, unit, keys, state);
     softmax_block(pass, unit, keys, steps, state);
-    value_block<dtype>(pass, unit, keys, state);
+    value_block<v_dtype>(pass, unit, keys, state);
   }
   finish_rows(pass, task, state);
 }
 
+// Of the dtypes of a cache, only the two with MLX's codes may be mixed.
 inline void decode(const DecodePass& pass, const DecodeTask& task, float* scratch) {
+  const DType v_dtype = pass.inputs->v.dtype;
   switch (pass.inputs->k.dtype) {
     case DType::float32:
       return decode_rows<DType::float32>(pass, task, scratch);
@@ -227,8 +229,10 @@ inline void decode(const DecodePass& pass, const DecodeTask& task, float* scratc
     case DType::int8:
       return decode_rows<DType::int8>(pass, task, scratch);
     case DType::affine8:
+      if (v_dtype == DType::affine4) return decode_rows<DType::affine8, DType::affine4>(pass, task, scratch);
       return decode_rows<DType::affine8>(pass, task, scratch);
     default:
+      if (v_dtype == DType::affine8) return decode_rows<DType::affine4, DType::affine8>(pass, task, scratch);
       return decode_rows<DType::affine4>(pass, task, scratch);
   }
 }
