@@ -21,7 +21,9 @@ int threads_for(std::int64_t elements) {
 
 std::int32_t rotary_base(const AttentionProblem& problem, const AttentionInputs& inputs, const RotaryTable& rotary,
                          std::int32_t batch) {
-  return rotary.seqlens ? std::max(rotary.seqlens[batch], 0) : keys_in_cache(problem, inputs, batch);
+  // Past the table, every position has its last row's angles; cut here, so that no position overflows.
+  if (rotary.seqlens) return clamp_to(rotary.seqlens[batch], 0, problem.rotary_rows);
+  return keys_in_cache(problem, inputs, batch);
 }
 
 std::vector<NewRows> new_rows(const AttentionProblem& problem, const AttentionInputs& inputs, const RotaryTable& rotary) {
