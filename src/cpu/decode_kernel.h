@@ -100,9 +100,12 @@ struct KeySlots {
   KeySlot slots[decode_block + walk_keys];
 
   KeySlots(const DecodePass& pass, const Unit& unit, std::int32_t first, int keys) : begin(first), count(keys) {
-    for (int i = 0; i < keys + walk_keys; ++i) {
-      slots[i] = i < keys ? slot_of_key(*pass.problem, *pass.inputs, unit.sequence, unit.batch, begin + i) : slots[keys - 1];
-    }
+    int next = 0;
+    for_each_stretch(*pass.problem, *pass.inputs, unit.sequence, unit.batch, {first, first + keys},
+                     [&](std::int32_t, std::int32_t stretch, KeySlot slot) {
+                       for (int i = 0; i < stretch; ++i, ++slot.index) slots[next++] = slot;
+                     });
+    for (int i = 0; i < walk_keys; ++i) slots[next++] = slots[keys - 1];
   }
 };
 

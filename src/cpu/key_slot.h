@@ -34,4 +34,24 @@ static inline KeySlot slot_of_key(const AttentionProblem& problem, const Attenti
   return cache_slot(problem, inputs.cache, sequence.cache_row, slot);
 }
 
+// visit(first key, keys, slot of the first) for every stretch of `keys` whose slots follow one another.
+template <class Visit>
+static inline void for_each_stretch(const AttentionProblem& problem, const AttentionInputs& inputs, const Sequence& sequence,
+                                    std::int32_t batch, KeyRange keys, Visit visit) {
+  if (keys.begin >= keys.end) return;
+  if (problem.page_size == 0) {
+    visit(keys.begin, keys.end - keys.begin, slot_of_key(problem, inputs, sequence, batch, keys.begin));
+    return;
+  }
+  PageSlot place = page_slot(sequence.k.begin + keys.begin, problem.page_size);
+  const std::int32_t* pages = inputs.cache.block_table + std::int64_t{sequence.cache_row} * problem.table_blocks;
+  for (std::int32_t key = keys.begin; key < keys.end; ++place.entry) {
+    const std::int32_t page = pages[place.entry];
+    const std::int32_t count = min_of(problem.page_size - place.row, keys.end - key);
+    visit(key, count, KeySlot{page_exists(page, problem.cache_rows) ? page : -1, place.row});
+    key += count;
+    place.row = 0;
+  }
+}
+
 }  // namespace flash_attn::cpu

@@ -107,12 +107,13 @@ inline void attn_mask_step(const ScoreContext& context, const RowPanel& panel, c
 
 // Keys whose page does not exist.
 inline void missing_page_step(const ScoreContext& context, const RowPanel& panel, const ScoreTile& tile) {
-  for (int key = 0; key < tile.keys; ++key) {
-    const std::int32_t position = tile.key_begin + key;
-    if (position < panel.some.begin || position >= panel.some.end) continue;
-    if (slot_of_key(*context.problem, *context.inputs, context.unit->sequence, context.unit->batch, position).exists()) continue;
-    for (int v = 0; v < panel.vectors; ++v) store(tile.scores + key * tile.stride + v * lanes, minus_infinity());
-  }
+  const KeyRange keys = {max_of(panel.some.begin, tile.key_begin), min_of(panel.some.end, tile.key_begin + tile.keys)};
+  for_each_stretch(*context.problem, *context.inputs, context.unit->sequence, context.unit->batch, keys,
+                   [&](std::int32_t first, std::int32_t count, KeySlot slot) {
+                     if (slot.exists()) return;
+                     const ScoreTile page = {tile.scores + (first - tile.key_begin) * tile.stride, tile.stride, count, first};
+                     for_each_score(panel, page, [](Vec, int, int) { return minus_infinity(); });
+                   });
 }
 
 // Causal, window, chunk and length at once. Needed only where the tile is not wholly visible.
