@@ -1,6 +1,6 @@
 """flash-attention for MLX: upstream's functions on MLX arrays."""
 
-from .utils import load_core, warn_if_upstream_is_installed
+from .utils import load_core, validate_paged_kv_params, warn_if_upstream_is_installed
 
 warn_if_upstream_is_installed()
 load_core()
@@ -18,7 +18,7 @@ from .interface import (  # noqa: E402  (only after the compiled module is known
     flash_attn_varlen_qkvpacked_func,
 )
 from .kvcache import flash_attn_with_kvcache  # noqa: E402
-from .paged_cache import OutOfPages, PagedKVCache  # noqa: E402
+from .paged_cache import OutOfPages, PagedKVCache, update_paged_kv_cache  # noqa: E402
 
 __all__ = [
     "_can_use_mlx_sdpa",
@@ -34,4 +34,6 @@ __all__ = [
     "flash_attn_with_kvcache",
     "OutOfPages",
     "PagedKVCache",
+    "update_paged_kv_cache",
+    "validate_paged_kv_params",
 ]

@@ -57,6 +57,7 @@ def flash_attn_varlen_kvpacked_func(
     options: AttentionOptions,
     /,
 ) -> Results: ...
+
 class KVCacheArguments:
     def __init__(
         self,

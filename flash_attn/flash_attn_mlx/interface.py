@@ -383,7 +383,7 @@ def flash_attention_mlx(
 
     FLASH_ATTENTION_MLX_REF=1 forces the reference, FLASH_ATTENTION_MLX_ROUTE (auto, sdpa, kernel) overrides the choice; both
     are read at every call. Arguments, results and errors: flash_attn_func. With block_table, int32 (batch, blocks), k and v are
-    pages (pages, page_size, heads_k, head_dim), of which seqused_k says how many keys each sequence has (None: all); no gradient.
+    pages (pages, page_size, heads_k, head_dim), and seqused_k says how many keys each sequence has (None: all); no gradient.
     """
     return _attention(_core.flash_attn_func, ("q", "k", "v"), locals())
 

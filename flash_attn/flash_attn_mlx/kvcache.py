@@ -1,4 +1,4 @@
-"""Attention over a KV cache that changes in place: flash-attention's flash_attn_with_kvcache, v2's arguments, v3's as extras."""
+"""Attention over a KV cache that changes in place: flash_attn_with_kvcache, v2's arguments, then v3's as extras."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import mlx.core as mx
 
 from . import _core
 from .interface import Attention, StreamOrDevice, Window, wanted_results
-from .options import attention_options, flag, integer, optional_array, required_array, wrong_type
+from .options import attention_options, flag, integer, optional_array, required_array
 
 # In q's dtype, or int8 with k_scale and v_scale; or MLX's triple of codes, scales and biases, as mx.quantize gives.
 Cache: TypeAlias = "mx.array | tuple[mx.array, mx.array, mx.array]"
@@ -35,7 +35,7 @@ def _lengths(value: Any, batch: int) -> mx.array | None:
 
 def _block_table(block_table: Any, page_table: Any) -> mx.array | None:
     if block_table is not None and page_table is not None:
-        raise ValueError("[flash_attn] page_table: got an array, needs None: it is another name for block_table, which is given")
+        raise ValueError("[flash_attn] page_table: got an array, needs None: it is another name of block_table")
     return optional_array("block_table", page_table if block_table is None else block_table)
 
 
@@ -84,37 +84,40 @@ def flash_attn_with_kvcache(
 ) -> Attention:
     """Appends k and v to the caches, then attends q over all that each sequence holds.
 
-    The caches change in place: at the call k_cache and v_cache are made to refer to the result, and at evaluation new tokens are
-    written into the memory they have; no copy is made, however many steps are queued before one evaluation. A slice taken before
-    keeps its old values and costs one copy. Under mx.compile the caches must be inputs of the function, and be returned by it.
+    The caches change in place: at the call k_cache and v_cache are made to refer to the result, and at evaluation new tokens
+    are written into the memory they have; no copy is made, however many steps are queued before one evaluation. A slice taken
+    before keeps its old values and costs one copy. Under mx.compile the caches must be inputs of the function, and returned by
+    it.
 
     Args:
         q: (batch, seqlen_q, heads, head_dim); with cu_seqlens_q (total_q, heads, head_dim). float32, bfloat16 or float16.
         k_cache: (batch, capacity, heads_k, head_dim), or with block_table pages (pages, page_size, heads_k, head_dim). In q's
-            dtype; or int8 with k_scale; or a triple (codes, scales, biases) as mx.quantize(.., group_size=64, bits=8 or 4) gives.
+            dtype; or int8 with k_scale; or a triple (codes, scales, biases) as mx.quantize(.., group_size=64, bits=8 or 4)
+            gives.
         v_cache: the same with head_dim_v.
-        k, v: (batch, seqlen_new, heads_k, head_dim) in q's dtype, written at slots cache_seqlens and on before attention; None: no
-            append. What is quantised is quantised after the rotation.
-        rotary_cos, rotary_sin: (rows, rotary_dim / 2) in q's dtype, a row for every slot; rotary_dim a multiple of 16. New key t
-            turns by row cache_seqlens + t. Query i by row cache_seqlens + i when causal or windowed, else by row cache_seqlens.
+        k, v: (batch, seqlen_new, heads_k, head_dim) in q's dtype, written at slots cache_seqlens and on before attention; None:
+            no append. What is quantised is quantised after the rotation.
+        rotary_cos, rotary_sin: (rows, rotary_dim / 2) in q's dtype, a row for every slot; rotary_dim a multiple of 16. New key
+            t turns by row cache_seqlens + t. Query i by row cache_seqlens + i when causal or windowed, else by row
+            cache_seqlens.
         cache_seqlens: int32 (batch,) or an int: slots in use before the append; None: all.
         cache_batch_idx: int32 (batch,): the row of the caches, or of block_table, of each sequence; None: in order.
         cache_leftpad: int32 (batch,): slots before a sequence's first key.
-        block_table: int32 (batch, blocks): slot s is row s % page_size of page block_table[b, s // page_size]. Keys of an entry of -1
-            are invisible, and what is appended to it is dropped.
+        block_table: int32 (batch, blocks): slot s is row s % page_size of page block_table[b, s // page_size]. Keys of an entry
+            of -1 are invisible, and what is appended to it is dropped.
         rotary_interleaved: pairs (0, 1), (2, 3), ..; else (t, t + rotary_dim / 2).
         num_splits: parts of the keys that are computed apart and combined; 0: by shape, 1: none.
         cu_seqlens_q, max_seqlen_q: int32 (batch + 1,) and a bound: q is packed.
         cu_seqlens_k_new: int32 (batch + 1,): k and v are packed, (total_new, heads_k, head_dim).
         rotary_seqlens: int32 (batch,): in place of cache_seqlens in the rotation.
-        page_table: another name for block_table.
+        page_table: another name of block_table.
         k_scale, v_scale: float32, the shape of the cache without its last axis: x = code * scale. Changed in place too.
-        softmax_scale, causal, window_size, softcap, alibi_slopes, learnable_sink, qv, attention_chunk, stream, pack_gqa, sm_margin,
-            scheduler_metadata: as in flash_attn_func, aligned to the end of each sequence's keys.
+        softmax_scale, causal, window_size, softcap, alibi_slopes, learnable_sink, qv, attention_chunk, stream, pack_gqa,
+            sm_margin, scheduler_metadata: as in flash_attn_func, aligned to the end of each sequence's keys.
 
     Returns:
-        out, q's shape with head_dim_v. With return_softmax_lse (out, lse): lse float32 (batch, heads, seqlen_q), with cu_seqlens_q
-        (heads, total_q).
+        out, q's shape with head_dim_v. With return_softmax_lse (out, lse): lse float32 (batch, heads, seqlen_q), with
+        cu_seqlens_q (heads, total_q).
 
     Raises:
         TypeError, ValueError: another type, dtype, shape or value; values of arrays that are not evaluated yet are not checked:

@@ -10,9 +10,9 @@ import mlx.core as mx
 
 from . import _core
 from ._core import OutOfPages
-from .options import integer, stream_of, wrong_type
+from .options import integer, required_array, stream_of, wrong_type
 
-__all__ = ["AppendStep", "OutOfPages", "PagedKVCache", "PageStatistics"]
+__all__ = ["AppendStep", "OutOfPages", "PagedKVCache", "PageStatistics", "update_paged_kv_cache"]
 
 
 class AppendStep(NamedTuple):
@@ -278,3 +278,38 @@ def _tokens(tokens: Any) -> list[int]:
         return list(map(operator.index, values))
     except TypeError:
         raise wrong_type("tokens", tokens, "a list of ints or an integer array for each sequence") from None
+
+
+def update_paged_kv_cache(
+    k_cache: mx.array,
+    v_cache: mx.array,
+    new_k: mx.array,
+    new_v: mx.array,
+    block_table: mx.array,
+    cache_seqlens: mx.array,
+    *,
+    stream: mx.Stream | mx.Device | mx.DeviceType | None = None,
+) -> mx.array:
+    """Appends to a paged cache without attending: k_cache and v_cache change in place, as in flash_attn_with_kvcache.
+
+    Args:
+        k_cache, v_cache: (pages, page_size, heads_k, head_dim), v_cache with head_dim_v.
+        new_k, new_v: (batch, seqlen_new, heads_k, head_dim), the caches' dtype; written at slots cache_seqlens and on.
+        block_table: int32 (batch, blocks); what is appended to an entry of -1 is dropped.
+        cache_seqlens: int32 (batch,), the lengths before.
+
+    Returns:
+        The lengths after, int32 (batch,): cache_seqlens + seqlen_new.
+
+    Raises:
+        TypeError, ValueError: as flash_attn_with_kvcache.
+    """
+    return _core.update_paged_kv_cache(
+        required_array("k_cache", k_cache),
+        required_array("v_cache", v_cache),
+        required_array("new_k", new_k),
+        required_array("new_v", new_v),
+        required_array("block_table", block_table),
+        required_array("cache_seqlens", cache_seqlens),
+        stream_of(stream),
+    )

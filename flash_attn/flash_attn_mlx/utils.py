@@ -7,6 +7,10 @@ import sys
 import warnings
 from pathlib import Path
 from types import ModuleType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import mlx.core as mx
 
 _core: ModuleType | None = None
 
@@ -95,10 +99,14 @@ def validate_paged_kv_params(
         seqlen_new: tokens to append.
 
     Raises:
-        TypeError, ValueError: what flash_attn_with_kvcache refuses; the message names the argument, what it got and what it needs.
+        TypeError, ValueError: what flash_attn_with_kvcache refuses too; the message names the argument, what it got and needs.
     """
     from .options import integer, required_array
 
-    arrays = {"k_cache": k_cache, "v_cache": v_cache, "block_table": block_table, "cache_seqlens": cache_seqlens}
-    values = [required_array(name, array) for name, array in arrays.items()]
-    load_core().validate_paged_kv_params(*values, integer("seqlen_new", seqlen_new))
+    load_core().validate_paged_kv_params(
+        required_array("k_cache", k_cache),
+        required_array("v_cache", v_cache),
+        required_array("block_table", block_table),
+        required_array("cache_seqlens", cache_seqlens),
+        integer("seqlen_new", seqlen_new),
+    )
