@@ -16,7 +16,7 @@ from support import normal, to_numpy
 
 import flash_attn.flash_attn_mlx
 from flash_attn import OutOfPages, PagedKVCache, flash_attn_func, flash_attn_with_kvcache
-from flash_attn.flash_attn_mlx.paged_cache import AppendStep
+from flash_attn.flash_attn_mlx.paged_cache import AppendStep, update_paged_kv_cache
 
 PAGE_SIZE = 3
 
@@ -26,24 +26,19 @@ def small_cache(num_pages: int = 8, page_size: int = 4, **options) -> PagedKVCac
 
 
 def write(cache: PagedKVCache, step: AppendStep, keys: list[list[float]], values: list[list[float]], layer: int = 0) -> None:
-    """The new tokens of every sequence of `step`, by the kernel; all elements of a token are one number."""
+    """The new tokens of every sequence of `step`; all elements of a token are the one number given for it."""
     k_cache, v_cache = cache.k_caches[layer], cache.v_caches[layer]
-    flash_attn_with_kvcache(
-        mx.zeros((len(keys), 1, *k_cache.shape[2:]), k_cache.dtype),
-        k_cache,
-        v_cache,
-        packed(keys, k_cache),
-        packed(values, v_cache),
-        cache_seqlens=step.cache_seqlens,
-        block_table=step.block_table,
-        cu_seqlens_k_new=step.cu_seqlens,
-    )
+    for row, tokens in enumerate(zip(keys, values, strict=True)):
+        if not tokens[0]:
+            continue
+        new_k, new_v = (as_tokens(numbers, of) for numbers, of in zip(tokens, (k_cache, v_cache), strict=True))
+        place = mx.array([row])
+        update_paged_kv_cache(k_cache, v_cache, new_k, new_v, step.block_table[place], step.cache_seqlens[place])
 
 
-def packed(numbers: list[list[float]], cache: mx.array) -> mx.array:
-    """Tokens of several sequences, one after the other, as `cache` holds them."""
-    tokens = mx.array([x for row in numbers for x in row], dtype=cache.dtype)
-    return mx.broadcast_to(tokens[:, None, None], (tokens.size, *cache.shape[2:]))
+def as_tokens(numbers: list[float], cache: mx.array) -> mx.array:
+    """(1, seqlen, heads, dim), as `cache` holds them."""
+    return mx.broadcast_to(mx.array(numbers, cache.dtype)[:, None, None], (1, len(numbers), *cache.shape[2:]))
 
 
 def read(cache: PagedKVCache, seq: int, array: mx.array) -> list[float]:
