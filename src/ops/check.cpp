@@ -175,7 +175,7 @@ void check_shapes(const AttentionCall& call) {
   if (call.problem.cached) {
     check_cached_tensors(call.q, call.k, call.v, call.optional, call.problem.varlen, {});
     check_cache_layout(call.problem, call.optional, "cache_seqlens");
-    check_new_keys(call.problem, call.q, call.optional);
+    check_new_keys(call.problem, call.q, call.optional, {});
   } else {
     check_tensors(call.q, call.k, call.v, call.problem.varlen, {}, max_head_dim);
   }

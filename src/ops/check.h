@@ -17,6 +17,8 @@ struct ArgumentNames {
   const char* cu_seqlens_k = "cu_seqlens_k";
   const char* max_seqlen_q = "max_seqlen_q";
   const char* max_seqlen_k = "max_seqlen_k";
+  const char* k_new = "k";
+  const char* v_new = "v";
 };
 
 /// qkv or kv: `rank` axes, `parts` of them along the third last.

@@ -158,32 +158,33 @@ void check_cache_layout(const AttentionProblem& problem, const OptionalInputs& o
   check_per_sequence(problem, "cache_leftpad", optional.cache_leftpad);
 }
 
-void check_new_keys(const AttentionProblem& problem, const mx::array& q, const OptionalInputs& optional) {
+void check_new_keys(const AttentionProblem& problem, const mx::array& q, const OptionalInputs& optional,
+                    const ArgumentNames& names) {
   check_rotary(problem, q, optional);
   if (!optional.k_new && !optional.v_new) {
     if (optional.cu_seqlens_k_new) fail<std::invalid_argument>("cu_seqlens_k_new", "an array", "new keys k with it");
     return;
   }
   if (!optional.k_new || !optional.v_new) {
-    fail<std::invalid_argument>(optional.k_new ? "v" : "k", "none", "both or neither");
+    fail<std::invalid_argument>(optional.k_new ? names.v_new : names.k_new, "none", "both or neither");
   }
   if (!optional.seqused_k) fail<std::invalid_argument>("cache_seqlens", "none", "the lengths behind which k and v are appended");
   const mx::array& k_new = *optional.k_new;
   const bool packed = optional.cu_seqlens_k_new.has_value();
   const char* layout = packed ? "(total_new, heads_k, dim)" : "(batch, seqlen_new, heads_k, dim)";
-  require_rank("k", k_new, packed ? 3 : 4, layout);
+  require_rank(names.k_new, k_new, packed ? 3 : 4, layout);
   const auto shape = [&](int dim) {
     return packed ? mx::Shape{k_new.shape(0), problem.heads_k, dim} : mx::Shape{problem.batch, k_new.shape(1), problem.heads_k, dim};
   };
-  require_dtype("k", k_new, q.dtype());
-  require_dtype("v", *optional.v_new, q.dtype());
-  require_shape("k", k_new, shape(problem.head_dim), layout);
-  require_shape("v", *optional.v_new, shape(problem.head_dim_v), layout);
+  require_dtype(names.k_new, k_new, q.dtype());
+  require_dtype(names.v_new, *optional.v_new, q.dtype());
+  require_shape(names.k_new, k_new, shape(problem.head_dim), layout);
+  require_shape(names.v_new, *optional.v_new, shape(problem.head_dim_v), layout);
   if (packed) {
     require_dtype("cu_seqlens_k_new", *optional.cu_seqlens_k_new, mx::int32);
     require_shape("cu_seqlens_k_new", *optional.cu_seqlens_k_new, {problem.batch + 1}, "(batch + 1,)");
   } else if (problem.seqlen_new > problem.key_capacity()) {
-    fail_shape("k", k_new, text("at most ", problem.key_capacity(), " new keys a sequence, the capacity of the cache"));
+    fail_shape(names.k_new, k_new, text("at most ", problem.key_capacity(), " new keys a sequence, the capacity of the cache"));
   }
   // Upstream's bound on queries when keys are appended.
   if (!problem.varlen && problem.max_seqlen_q > problem.key_capacity() && problem.batch > 0) {

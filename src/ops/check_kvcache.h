@@ -15,7 +15,8 @@ void check_cached_tensors(const mx::array& q, const mx::array& k, const mx::arra
 void check_cache_layout(const AttentionProblem& problem, const OptionalInputs& optional, const char* lengths_name);
 
 /// New keys and the rotary table.
-void check_new_keys(const AttentionProblem& problem, const mx::array& q, const OptionalInputs& optional);
+void check_new_keys(const AttentionProblem& problem, const mx::array& q, const OptionalInputs& optional,
+                    const ArgumentNames& names);
 
 /// The values of all of these, where that forces no evaluation.
 void check_cache_values(const AttentionProblem& problem, const OptionalInputs& optional, const char* lengths_name);

@@ -72,12 +72,7 @@ void require_separate(const CacheRef& k_cache, const CacheRef& v_cache) {
   }
 }
 
-}  // namespace
-
-AttentionResult flash_attn_with_kvcache(const mx::array& q, const CacheRef& k_cache, const CacheRef& v_cache,
-                                        const KVCacheArguments& arguments, const AttentionOptions& options) {
-  require_no_other_options(options);
-  const AttentionCall call = kvcache_call(q, k_cache, v_cache, arguments, options);
+AttentionResult run(const AttentionCall& call, const CacheRef& k_cache, const CacheRef& v_cache, const AttentionOptions& options) {
   const Route route = choose_route(call, options);
   const mx::array no_probabilities(std::initializer_list<int>{}, call.q.dtype());
   const bool by_kernel = route.target == Route::Target::kernel;
@@ -99,11 +94,22 @@ AttentionResult flash_attn_with_kvcache(const mx::array& q, const CacheRef& k_ca
   return {outputs.attention.out, outputs.attention.lse, no_probabilities, route};
 }
 
+}  // namespace
+
+AttentionResult flash_attn_with_kvcache(const mx::array& q, const CacheRef& k_cache, const CacheRef& v_cache,
+                                        const KVCacheArguments& arguments, const AttentionOptions& options) {
+  require_no_other_options(options);
+  return run(kvcache_call(q, k_cache, v_cache, arguments, options), k_cache, v_cache, options);
+}
+
 mx::array update_paged_kv_cache(const CacheRef& k_cache, const CacheRef& v_cache, const mx::array& new_k, const mx::array& new_v,
                                 const mx::array& block_table, const mx::array& cache_seqlens, mx::StreamOrDevice stream) {
   require_rank("new_k", new_k, 4, "(batch, seqlen_new, heads_k, dim)");
-  // Attention of no query: what is left of the call is the append.
-  const mx::array q = mx::zeros({new_k.shape(0), 0, new_k.shape(2), new_k.shape(3)}, new_k.dtype(), stream);
+  require_rank("k_cache", k_cache.data, 4, "(pages, page_size, heads_k, dim)");
+  require_rank("block_table", block_table, 2, "(batch, blocks)");
+  // Attention of no query: what is left of the call is the append. Codes do not say what they stand for, new keys do.
+  const mx::array& like = is_kernel_dtype(k_cache.data.dtype()) ? k_cache.data : new_k;
+  const mx::array q = mx::zeros({block_table.shape(0), 0, k_cache.data.shape(2), like.shape(3)}, like.dtype(), stream);
   AttentionOptions options;
   options.block_table = block_table;
   options.stream = stream;
@@ -111,7 +117,8 @@ mx::array update_paged_kv_cache(const CacheRef& k_cache, const CacheRef& v_cache
   arguments.k = new_k;
   arguments.v = new_v;
   arguments.cache_seqlens = cache_seqlens;
-  flash_attn_with_kvcache(q, k_cache, v_cache, arguments, options);
+  const ArgumentNames names = {.k_new = "new_k", .v_new = "new_v"};
+  run(kvcache_call(q, k_cache, v_cache, arguments, options, names), k_cache, v_cache, options);
   return mx::add(cache_seqlens, mx::array(new_k.shape(1), mx::int32), stream);
 }
 

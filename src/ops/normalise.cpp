@@ -79,7 +79,7 @@ AttentionCall normalise_cached(AttentionProblem problem, const mx::array& q, con
   optional.qv = options.qv;
   set_sizes(problem, q, k, v, optional);
   check_cache_layout(problem, optional, lengths_name);
-  check_new_keys(problem, q, optional);
+  check_new_keys(problem, q, optional, names);
   check_options(problem, options, q);
   check_used("seqused_q", options.seqused_q, optional.cu_seqlens_q, problem.max_seqlen_q);
   check_cache_values(problem, optional, lengths_name);
@@ -147,7 +147,9 @@ AttentionCall varlen_call(const mx::array& q, const mx::array& k, const mx::arra
 }
 
 AttentionCall kvcache_call(const mx::array& q, const CacheRef& k_cache, const CacheRef& v_cache,
-                           const KVCacheArguments& arguments, const AttentionOptions& options) {
+                           const KVCacheArguments& arguments, const AttentionOptions& options, ArgumentNames names) {
+  names.k = "k_cache";
+  names.v = "v_cache";
   const auto copy_of = [](const mx::array* array) { return array ? std::optional(*array) : std::nullopt; };
   AttentionProblem problem;
   problem.max_seqlen_k = std::numeric_limits<int>::max();  // as much as the cache holds
@@ -173,14 +175,13 @@ AttentionCall kvcache_call(const mx::array& q, const CacheRef& k_cache, const Ca
   optional.rotary_cos = arguments.rotary_cos;
   optional.rotary_sin = arguments.rotary_sin;
   optional.rotary_seqlens = arguments.rotary_seqlens;
-  if (optional.k_new) require_rank("k", *optional.k_new, optional.cu_seqlens_k_new ? 3 : 4, "as q");
+  if (optional.k_new) require_rank(names.k_new, *optional.k_new, optional.cu_seqlens_k_new ? 3 : 4, "as q");
   if (optional.rotary_cos) {
     require_rank("rotary_cos", *optional.rotary_cos, 2, "(rows, rotary_dim / 2)");
     problem.rotary_dim = 2 * optional.rotary_cos->shape(1);
     problem.rotary_interleaved = arguments.rotary_interleaved;
   }
-  return normalise_cached(problem, q, k_cache.data, v_cache.data, std::move(optional), options,
-                          {.k = "k_cache", .v = "v_cache"}, "cache_seqlens");
+  return normalise_cached(problem, q, k_cache.data, v_cache.data, std::move(optional), options, names, "cache_seqlens");
 }
 
 mx::array unpack(const mx::array& packed, int index, mx::Stream stream) {

@@ -15,7 +15,7 @@ AttentionCall varlen_call(const mx::array& q, const mx::array& k, const mx::arra
                           const ArgumentNames& names = {});
 
 AttentionCall kvcache_call(const mx::array& q, const CacheRef& k_cache, const CacheRef& v_cache,
-                           const KVCacheArguments& arguments, const AttentionOptions& options);
+                           const KVCacheArguments& arguments, const AttentionOptions& options, ArgumentNames names = {});
 
 /// Part `index` along the third last axis of qkv or kv: a view.
 mx::array unpack(const mx::array& packed, int index, mx::Stream stream);
