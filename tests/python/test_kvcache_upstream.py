@@ -98,7 +98,7 @@ def dims_of(case: Case) -> tuple[int, int]:
 
 
 DEFAULT_SAMPLE = 60  # of each table
-SHARE = 25_000  # cases of each table that a FRACTION of 1 runs: the tables have millions, the product of some 15 axes
+SHARE = 10_000  # cases of each table that a FRACTION of 1 runs: the tables have millions, the product of some 15 axes
 
 
 def default_sample() -> Iterator[Any]:
