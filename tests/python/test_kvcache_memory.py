@@ -118,6 +118,38 @@ def test_evaluating_only_the_last_of_200_queued_steps(rng):
     assert mx.array_equal(caches["k_cache"][:, :200], k)
 
 
+@pytest.mark.parametrize("evaluate", [mx.eval, mx.async_eval], ids=["eval", "async_eval"])
+def test_a_loop_that_evaluates_each_step_copies_no_cache(rng, evaluate):
+    arguments = new_call(rng, "contiguous")
+    before = addresses(parts_of(arguments))
+
+    def loop() -> list[mx.array]:
+        for t in range(100):
+            out = flash_attn_with_kvcache(**(arguments | {"cache_seqlens": t}))
+            evaluate(out)
+        return [out]
+
+    assert peak_of(loop) <= SMALL
+    assert addresses(parts_of(arguments)) == before
+
+
+def test_layers_that_feed_each_other_copy_no_cache(rng):
+    """Each layer's queries, keys and values come from the layer before; 50 steps of 4 layers wait for one evaluation."""
+    layers = [new_call(rng, "contiguous") for _ in range(4)]
+    before = [addresses(parts_of(layer)) for layer in layers]
+    x = normal(rng, 1, 1, 4, 64)
+
+    def queue() -> mx.array:
+        h = x
+        for t in range(50):
+            for layer in layers:
+                h = flash_attn_with_kvcache(h, layer["k_cache"], layer["v_cache"], h[:, :, :2], h[:, :, 2:], cache_seqlens=t)
+        return h
+
+    assert peak_of(queue, x) <= 2 * SMALL + 200 * 4096
+    assert [addresses(parts_of(layer)) for layer in layers] == before
+
+
 @pytest.mark.parametrize("layout", ["contiguous", "paged", "int8"])
 def test_an_append_costs_the_same_bytes_in_a_large_cache(rng, layout):
     peaks = []

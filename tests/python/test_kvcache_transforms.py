@@ -8,7 +8,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
-from kvcache_support import CACHES, cache_call, decode, page, run
+from kvcache_support import CACHES, cache_call, copied, decode, page, run
 from support import digest, error, integers, normal, on_reference, run_python, to_numpy
 
 from flash_attn import flash_attn_func, flash_attn_with_kvcache
@@ -216,3 +216,19 @@ def test_other_isa_levels_meet_the_oracle(level):
     if level == "avx2" and not _core.isa_level().startswith(("avx2", "avx512")):
         pytest.skip("this machine has no AVX2")
     assert run_python(LEVEL, FLASH_ATTENTION_MLX_ISA=level).strip() == level
+
+
+def test_a_read_under_way_on_another_stream_sees_the_cache_as_it_was(rng):
+    arguments = cache_call(rng, 1, 64, 4096, 4, 2, 64, seqlen_new=4096) | {"cache_seqlens": 0}
+    reads = arguments | {"k": None, "v": None, "cache_seqlens": 4096}
+    other = mx.new_stream(mx.cpu)
+    mx.eval(arguments["q"], arguments["k"], arguments["v"])
+    for _ in range(5):
+        own = copied(arguments)
+        caches = {name: own[name] for name in CACHES}
+        want = to_numpy(flash_attn_with_kvcache(**(reads | caches)))
+        read = flash_attn_with_kvcache(**(reads | caches), stream=other)
+        mx.async_eval(read)
+        mx.eval(flash_attn_with_kvcache(**own))  # overwrites every slot
+        np.testing.assert_array_equal(to_numpy(read), want)
+        assert mx.array_equal(own["k_cache"], arguments["k"])
