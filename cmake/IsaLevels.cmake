@@ -4,6 +4,7 @@
 set(isa_flags_avx2 -mavx2 -mfma -mf16c)
 set(isa_flags_avx512 -mavx512f -mavx512bw -mavx512dq -mavx512vl ${isa_flags_avx2})
 set(isa_flags_avx512_bf16 -mavx512bf16 ${isa_flags_avx512})
+set(isa_flags_avx512_amx ${isa_flags_avx512_bf16}) # the tile instructions are written as assembly
 
 # Kernels compare and select on NaN and inf, so no -ffast-math; but nobody reads errno or the floating-point exception flags.
 # -Wno-psabi: vectors wider than the level's registers never cross a function boundary that is not inlined.
@@ -13,7 +14,7 @@ if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU")
 endif()
 
 if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64")
-  set(isa_levels baseline avx2 avx512 avx512_bf16)
+  set(isa_levels baseline avx2 avx512 avx512_bf16 avx512_amx)
 elseif(CMAKE_SYSTEM_PROCESSOR MATCHES "aarch64|arm64")
   set(isa_levels baseline neon)
 else()

@@ -157,16 +157,20 @@ inline void write_row(DType dtype, void* dst, std::int64_t stride, int n, const 
     return;
   }
   auto* p = static_cast<std::uint16_t*>(dst);
-  for (int i = 0; i < n; i += lanes) {
+  const auto rounded = [&](const float* x) { return dtype == DType::bfloat16 ? to_bfloat16(load(x)) : to_float16(load(x)); };
+  int i = 0;
+  if (stride == 1) {
+    for (; i + lanes <= n; i += lanes) {
+      const Half bits = rounded(src + i);
+      __builtin_memcpy(p + i, &bits, sizeof(bits));
+    }
+  }
+  for (; i < n; i += lanes) {
     const int count = n - i < lanes ? n - i : lanes;
     float values[lanes] = {};
     std::memcpy(values, src + i, static_cast<std::size_t>(count) * sizeof(float));
-    const Half bits = dtype == DType::bfloat16 ? to_bfloat16(load(values)) : to_float16(load(values));
-    if (stride == 1 && count == lanes) {
-      __builtin_memcpy(p + i, &bits, sizeof(bits));
-    } else {
-      for (int lane = 0; lane < count; ++lane) p[(i + lane) * stride] = bits[lane];
-    }
+    const Half bits = rounded(values);
+    for (int lane = 0; lane < count; ++lane) p[(i + lane) * stride] = bits[lane];
   }
 }
 

@@ -24,8 +24,9 @@ constexpr std::int32_t panels_per_task = 4;
 constexpr std::int64_t packed_limit = std::int64_t{64} << 20;  // floats: 256 MiB
 
 // Keys a block: K and V of a block stay in L2 beside the accumulators.
-std::int32_t forward_key_block(const AttentionProblem& problem) {
-  return std::max(problem.scored_dims(), problem.head_dim_v) <= 160 ? 120 : 72;
+std::int32_t forward_key_block(const Kernels& level, const AttentionProblem& problem) {
+  const std::int32_t about = std::max(problem.scored_dims(), problem.head_dim_v) <= 160 ? 128 : 80;
+  return about / level.forward_key_tile * level.forward_key_tile;
 }
 
 void clear_unused_rows(const AttentionProblem& problem, const std::vector<Sequence>& sequences, const ForwardOutputs& outputs) {
@@ -127,7 +128,7 @@ void forward(const AttentionProblem& problem, const AttentionInputs& inputs, con
   const auto is_short = [&](const Unit& unit) { return unit.packed_rows() <= rows_of_task(level); };
   std::vector<Unit> units = units_of(problem, sequences);
   std::erase_if(units, [&](const Unit& unit) { return suits_decode(problem, inputs, unit.sequence); });
-  const std::int32_t key_block = forward_key_block(problem);
+  const std::int32_t key_block = forward_key_block(level, problem);
   const ForwardPass pass = {&problem, &inputs, &outputs, key_block, level.packed_block_size(problem, key_block)};
   const int threads = thread_count();
   clear_unused_rows(problem, sequences, outputs);

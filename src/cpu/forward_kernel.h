@@ -9,23 +9,41 @@
 //   O = O / l;  lse = ln 2 (m + log2 l)
 #pragma once
 
+#include "cpu/forward_products.h"
 #include "cpu/online_softmax.h"
-#include "cpu/products.h"
 
 namespace flash_attn::cpu::FA_LEVEL {
 namespace {
 
 constexpr int task_panels = 4;            // panels of rows that share a key block while it is in cache
-constexpr int overhang_keys = tile_keys;  // a score tile may compute this many keys past the end; their scores are ignored
+
+// Key blocks are a multiple of this; a score tile may compute this many keys past the end, whose scores are ignored.
+constexpr int forward_key_tile = FA_BFLOAT16_TILES ? 2 * matrix_tile : tile_keys;
 
 // ---- packing: K [key block + overhang][dim words], V [dim panels][key words][dim_panel]; sizes are those of float32
 
 inline std::int64_t packed_keys_size(const AttentionProblem& problem, std::int32_t key_block) {
-  return std::int64_t{key_block + overhang_keys} * problem.scored_dims();
+  return std::int64_t{key_block + forward_key_tile} * row_floats(problem.scored_dims());
 }
 
 inline std::int64_t packed_block_size(const AttentionProblem& problem, std::int32_t key_block) {
   return packed_keys_size(problem, key_block) + std::int64_t{key_block} * round_up(problem.head_dim_v, dim_panel);
+}
+
+// K, or K and V with qv; bfloat16 pairs lie in K as they do in its words.
+template <class Operand>
+inline void pack_scored_rows(const AttentionProblem& problem, const KeyReader& reader, KeyBlock keys, float* packed) {
+  const int dim = problem.scored_dims();
+  float buffer[padded_head_dim];
+  for (int i = 0; i < keys.size; ++i, packed += words<Operand>(dim)) {
+    if (const char* pairs = reader.template words_of_key<Operand>(keys.begin + i)) {
+      const int used = dim / 2;
+      std::memcpy(packed, pairs, static_cast<std::size_t>(used) * sizeof(float));
+      std::memset(packed + used, 0, static_cast<std::size_t>(words<Operand>(dim) - used) * sizeof(float));
+    } else {
+      pack_row<Operand>(reader.view_scored(keys.begin + i, buffer), dim, packed);
+    }
+  }
 }
 
 template <class Operand>
@@ -33,8 +51,7 @@ inline void pack_keys_values(const ForwardPass& pass, const Unit& unit, std::int
   const AttentionProblem& problem = *pass.problem;
   const KeyBlock keys = {block * pass.key_block, pass.key_block};
   const KeyReader reader(problem, *pass.inputs, unit);
-  pack_rows<Operand>(keys, problem.scored_dims(), packed,
-                     [&](int key, float* row) { return reader.view_scored(key, row); });
+  pack_scored_rows<Operand>(problem, reader, keys, packed);
   pack_panels<Operand>(
       keys, problem.head_dim_v, packed + packed_keys_size(problem, pass.key_block),
       [&](int key, float* row) { return reader.view_value(key, row); }, unchanged);
@@ -54,14 +71,15 @@ struct BlockContext {
   std::int32_t key_begin;  // position of the block's first key
   ScoreContext scores;
   const ScoreSteps* steps;
-  float* tile;  // S, then P
+  float* tile;             // S, then P
+  float* transposed_tile;  // of the same size
 };
 
 template <class Operand, int N>
 inline void attend(const BlockContext& block, const RowPanel& panel, PanelState& state) {
   const AttentionProblem& problem = *block.pass->problem;
-  // From a whole word on; a key before the first visible one is masked.
-  const int begin = max_of(panel.some.begin - block.key_begin, 0) / Operand::per_word * Operand::per_word;
+  // From a whole word or tile on; a key before the first visible one is masked.
+  const int begin = max_of(panel.some.begin - block.key_begin, 0) / depth_granule<Operand> * depth_granule<Operand>;
   const int end = min_of(panel.some.end - block.key_begin, block.pass->key_block);
   if (begin >= end) return;
   const int dim_words = words<Operand>(problem.scored_dims());
@@ -72,22 +90,34 @@ inline void attend(const BlockContext& block, const RowPanel& panel, PanelState&
   const std::int64_t v_panel_stride = std::int64_t{words<Operand>(block.pass->key_block)} * dim_panel;
   alignas(64) float alpha[panel_rows];
 
-  score_product<Operand, N>(k, dim_words, state.q_transposed, tile.keys, block.scores.scale.query, tile.scores, tile.stride);
+  using Products = ForwardProducts<Operand>;
+  Products::template scores<N>(k, dim_words, state.q_transposed, tile.keys, block.scores.scale.query, tile.scores, tile.stride);
   block.steps->apply(block.scores, panel, tile);
   softmax_tile<N>(tile, state.softmax, alpha);
   if (problem.has_dropout) drop_probabilities(problem, *block.pass->inputs, panel, tile);
-  const float* p = pack_along_keys<Operand>(tile.scores, tile.stride, tile.keys, tile.scores);
-  value_product<Operand, N>(p, words<Operand>(tile.keys), v, v_panel_stride, panels_of(problem.head_dim_v), alpha, state.o);
+  Products::template values<N>(tile.scores, tile.keys, v, v_panel_stride, panels_of(problem.head_dim_v), alpha, state.o,
+                               block.transposed_tile);
 }
 
 // ---- a task
 
 inline std::int64_t forward_scratch_size(const ForwardPass& pass) {
-  const std::int64_t dim = pass.problem->scored_dims();
+  const std::int64_t dim = row_floats(pass.problem->scored_dims());
   const std::int64_t dims_v = round_up(pass.problem->head_dim_v, dim_panel);
   const std::int64_t mask_rows = std::int64_t{lanes} * round_up(pass.key_block, lanes);
-  const std::int64_t tile = std::int64_t{pass.key_block + overhang_keys} * panel_rows;
-  return mask_rows + tile + task_panels * panel_rows * (dim + dims_v) + pass.packed_block_size;
+  const std::int64_t tile = std::int64_t{pass.key_block + forward_key_tile} * panel_rows;
+  return mask_rows + 2 * tile + task_panels * panel_rows * (dim + dims_v) + pass.packed_block_size;
+}
+
+// Queries of a head lie far apart: all are asked for before the first is read.
+inline void fetch_queries(const AttentionProblem& problem, const AttentionInputs& inputs, const Unit& unit,
+                          const RowPanel& panel) {
+  constexpr int cache_line = 64;
+  const std::int64_t bytes = problem.head_dim * size_of(inputs.q.dtype);
+  for (int lane = 0; lane < panel.rows; ++lane) {
+    const char* row = element(inputs.q.data, inputs.q.dtype, panel.offset(unit, inputs.q.strides, lane));
+    for (std::int64_t byte = 0; byte < bytes; byte += cache_line) __builtin_prefetch(row + byte);
+  }
 }
 
 template <class Operand>
@@ -98,11 +128,13 @@ inline void forward_rows(const ForwardPass& pass, const ForwardTask& task, float
   const int dims_v = round_up(problem.head_dim_v, dim_panel);
   const ScoreSteps steps(problem, inputs);
   const ScoreScale scale(problem);
+  [[maybe_unused]] const typename ForwardProducts<Operand>::Unit unit_in_use;
 
   float* next = scratch;
   const auto take = [&next](std::int64_t size) { return (next += size) - size; };
   float* mask_rows = take(std::int64_t{lanes} * round_up(pass.key_block, lanes));
-  float* tile = take(std::int64_t{pass.key_block + overhang_keys} * panel_rows);
+  float* tile = take(std::int64_t{pass.key_block + forward_key_tile} * panel_rows);
+  float* transposed_tile = take(std::int64_t{pass.key_block + forward_key_tile} * panel_rows);
 
   RowPanel panels[task_panels];
   PanelState states[task_panels];
@@ -112,7 +144,8 @@ inline void forward_rows(const ForwardPass& pass, const ForwardTask& task, float
     RowPanel& panel = panels[panel_count];
     PanelState& state = states[panel_count];
     panel = RowPanel(problem, inputs, unit, row, task.row_end);
-    state.q_transposed = take(std::int64_t{panel_rows} * problem.scored_dims());
+    fetch_queries(problem, inputs, unit, panel);
+    state.q_transposed = take(std::int64_t{panel_rows} * row_floats(problem.scored_dims()));
     state.o = take(std::int64_t{panel_rows} * dims_v);
     pack_transposed<Operand>(panel, problem.scored_dims(), state.q_transposed, [&](int lane, float* row) {
       return view_query(inputs, problem, unit, panel, lane, row);
@@ -131,7 +164,8 @@ inline void forward_rows(const ForwardPass& pass, const ForwardTask& task, float
                                   block * pass.key_block,
                                   {&problem, &inputs, &unit, scale, mask_rows, round_up(pass.key_block, lanes), nullptr},
                                   &steps,
-                                  tile};
+                                  tile,
+                                  transposed_tile};
     for (int i = 0; i < panel_count; ++i) {
       switch (panels[i].vectors) {
         case 1:

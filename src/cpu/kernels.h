@@ -123,6 +123,7 @@ struct Kernels {
 
   // Tile shape, for whoever sizes buffers.
   std::int32_t panel_rows;  // query rows in the lanes of a score panel
+  std::int32_t forward_key_tile;  // a key block of forward is a multiple
   std::int32_t row_block;   // packed rows in a row block of backward
 
   std::int64_t (*packed_block_size)(const AttentionProblem& problem, std::int32_t key_block);
@@ -155,10 +156,12 @@ extern const Kernels baseline_kernels;
 extern const Kernels avx2_kernels;
 extern const Kernels avx512_kernels;
 extern const Kernels avx512_bf16_kernels;
+extern const Kernels avx512_amx_kernels;
 extern const Kernels neon_kernels;
 // The tile shapes of a level in baseline instructions: their logic is tested on machines that lack the level.
 extern const Kernels avx2_tiles_kernels;
 extern const Kernels avx512_tiles_kernels;
 extern const Kernels avx512_bf16_tiles_kernels;
+extern const Kernels avx512_amx_tiles_kernels;
 
 }  // namespace flash_attn::cpu

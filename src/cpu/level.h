@@ -17,28 +17,30 @@ namespace flash_attn::cpu {
 namespace FA_LEVEL {
 namespace {
 
-// The kernel of the operand that suits the problem's dtype.
 #if FA_BFLOAT16_DOT
-#define FA_CHOOSE_OPERAND(kernel, problem, ...) \
-  ((problem)->dtype == DType::bfloat16 ? kernel<Bfloat16Operand>(__VA_ARGS__) : kernel<Float32Operand>(__VA_ARGS__))
+using BackwardBfloat16 = Bfloat16Operand;
 #else
-#define FA_CHOOSE_OPERAND(kernel, problem, ...) kernel<Float32Operand>(__VA_ARGS__)
+using BackwardBfloat16 = Float32Operand;
 #endif
 
+// The kernel of the operand that suits the problem's dtype.
+#define FA_CHOOSE_OPERAND(kernel, of_bfloat16, problem, ...) \
+  ((problem)->dtype == DType::bfloat16 ? kernel<of_bfloat16>(__VA_ARGS__) : kernel<Float32Operand>(__VA_ARGS__))
+
 void run_pack_keys_values(const ForwardPass& pass, const Unit& unit, std::int32_t block, float* packed) {
-  FA_CHOOSE_OPERAND(pack_keys_values, pass.problem, pass, unit, block, packed);
+  FA_CHOOSE_OPERAND(pack_keys_values, ForwardBfloat16, pass.problem, pass, unit, block, packed);
 }
 void run_forward_rows(const ForwardPass& pass, const ForwardTask& task, float* scratch) {
-  FA_CHOOSE_OPERAND(forward_rows, pass.problem, pass, task, scratch);
+  FA_CHOOSE_OPERAND(forward_rows, ForwardBfloat16, pass.problem, pass, task, scratch);
 }
 void run_prepare_rows(const BackwardPass& pass, const Unit& unit, std::int32_t row_begin, float* rows) {
-  FA_CHOOSE_OPERAND(prepare_rows, pass.problem, pass, unit, row_begin, rows);
+  FA_CHOOSE_OPERAND(prepare_rows, BackwardBfloat16, pass.problem, pass, unit, row_begin, rows);
 }
 void run_backward_keys(const BackwardPass& pass, const BackwardTask& task, float* scratch) {
-  FA_CHOOSE_OPERAND(backward_keys, pass.problem, pass, task, scratch);
+  FA_CHOOSE_OPERAND(backward_keys, BackwardBfloat16, pass.problem, pass, task, scratch);
 }
 void run_add_mask_gradient(const BackwardPass& pass, const MaskGradientTask& task, float* scratch) {
-  FA_CHOOSE_OPERAND(add_mask_gradient, pass.problem, pass, task, scratch);
+  FA_CHOOSE_OPERAND(add_mask_gradient, BackwardBfloat16, pass.problem, pass, task, scratch);
 }
 
 }  // namespace
@@ -47,6 +49,7 @@ void run_add_mask_gradient(const BackwardPass& pass, const MaskGradientTask& tas
 const Kernels FA_JOIN(FA_LEVEL, _kernels) = {
     .name = FA_STRING(FA_LEVEL),
     .panel_rows = FA_LEVEL::panel_rows,
+    .forward_key_tile = FA_LEVEL::forward_key_tile,
     .row_block = FA_LEVEL::row_block,
     .packed_block_size = FA_LEVEL::packed_block_size,
     .pack_keys_values = FA_LEVEL::run_pack_keys_values,

@@ -1,6 +1,7 @@
 // The online softmax of a panel of rows (FlashAttention-2, algorithm 1), and what becomes of a row at its end.
 #pragma once
 
+#include "cpu/products.h"
 #include "cpu/score_steps.h"
 
 namespace flash_attn::cpu::FA_LEVEL {
@@ -66,10 +67,6 @@ inline RowEnd end_of_row(const AttentionProblem& problem, const SoftmaxState& st
   const float sum = state.l[lane];
   if (sum == 0.0f) return {0.0f, -__builtin_inff()};
   return {problem.dropout_scale / sum, state.m[lane] + __builtin_logf(sum) * log2_e};
-}
-
-inline void scale_row(float* row, float scale, int dims) {
-  for (int d = 0; d < dims; d += lanes) store(row + d, load(row + d) * scale);
 }
 
 // A finished row, dims padded to whole vectors, to the caller's arrays.

@@ -1,7 +1,8 @@
 // What a packed operand of a product holds in each 32-bit word, and how two words multiply.
 //
 // Float32Operand: one float32. Bfloat16Operand: two bfloat16 neighbours along the product's depth, for chips whose dot product
-// takes pairs. Everything else (layouts, tiles, loops) is the same: a word is a word, and the depth is counted in words.
+// takes pairs. MatrixOperand: the same, in whole tiles of a matrix unit. Everything else (layouts, loops) is the same: a word is a
+// word, and the depth is counted in words.
 #pragma once
 
 #include "cpu/convert.h"
@@ -15,6 +16,7 @@ namespace {
 
 struct Float32Operand {
   static constexpr int per_word = 1;
+  static constexpr int word_granule = 1;  // a depth is a multiple of so many words, zeros after its end
 
   static FA_INLINE Vec multiply_add(Vec acc, Vec a, Vec b) { return acc + a * b; }
   // The word of `per_word` neighbours along the depth.
@@ -23,6 +25,7 @@ struct Float32Operand {
 
 struct Bfloat16Operand {
   static constexpr int per_word = 2;
+  static constexpr int word_granule = 1;
 
   static FA_INLINE Vec multiply_add(Vec acc, Vec a, Vec b) {
 #if defined(__AVX512BF16__) && FA_VECTOR_BYTES == 64
@@ -33,10 +36,16 @@ struct Bfloat16Operand {
   }
 
   static FA_INLINE Vec word(const Vec (&neighbours)[per_word]) {
+#if defined(__AVX512BF16__) && FA_VECTOR_BYTES == 64
+    const auto halves = reinterpret_cast<Shorts>(_mm512_cvtne2ps_pbh(neighbours[1], neighbours[0]));
+    return reinterpret_cast<Vec>(__builtin_shufflevector(halves, halves, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23, 8,
+                                                         24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31));
+#endif
     return from_bits(reinterpret_cast<IVec>((rounded(neighbours[0]) >> 16) | (rounded(neighbours[1]) & 0xffff0000u)));
   }
 
  private:
+  using Shorts = std::uint16_t __attribute__((vector_size(FA_VECTOR_BYTES)));
   static FA_INLINE Vec low(Vec x) { return from_bits(bits_of(x) << 16); }
   static FA_INLINE Vec high(Vec x) { return from_bits(bits_of(x) & static_cast<std::int32_t>(0xffff0000)); }
   // To nearest even in the high half. NaN stays NaN: arithmetic makes only quiet ones, whose low bits are 0.
@@ -46,10 +55,21 @@ struct Bfloat16Operand {
   }
 };
 
+struct MatrixOperand : Bfloat16Operand {
+  static constexpr int word_granule = 16;
+};
+
+// Neighbours that a depth is a multiple of.
+template <class Operand>
+constexpr int depth_granule = Operand::per_word * Operand::word_granule;
+
 template <class Operand>
 constexpr int words(int depth) {
-  return round_up(depth, Operand::per_word) / Operand::per_word;
+  return round_up(depth, depth_granule<Operand>) / Operand::per_word;
 }
+
+// Floats that a row of words takes, whatever the operand.
+constexpr int row_floats(int dim) { return dim > MatrixOperand::word_granule ? dim : MatrixOperand::word_granule; }
 
 // Words whose neighbours lie side by side: packed [words(n)] from row [n], zero past its end. In place allowed.
 template <class Operand>
@@ -65,6 +85,8 @@ inline void pack_row(const float* row, int n, float* packed) {
       const Half bits = to_bfloat16(load(values));
       std::memcpy(halves + 2 * i, &bits, 2 * static_cast<std::size_t>(round_up(count, 2)));
     }
+    const int used = round_up(n, 2) / 2;
+    std::memset(packed + used, 0, static_cast<std::size_t>(words<Operand>(n) - used) * sizeof(float));
   }
 }
 

@@ -100,6 +100,14 @@ class KeyReader {
   const float* view_value(std::int32_t key, float* buffer) const {
     return view(values_of(problem_, inputs_), key, buffer);
   }
+  // The row as it lies, when it already is what pack_row<Operand> would make of it but for the zeros at its end.
+  template <class Operand>
+  const char* words_of_key(std::int32_t key) const {
+    const bool has_words = Operand::per_word == 2 && inputs_.k.dtype == DType::bfloat16 && inputs_.k.strides.dim == 1 &&
+                           problem_.head_dim % 2 == 0 && !problem_.has_qv;
+    const KeySlot slot = has_words ? slot_of(key) : KeySlot{-1, 0};
+    return slot.exists() ? first_element(keys_of(problem_, inputs_), slot, unit_.kv_head) : nullptr;
+  }
   // All that a query is multiplied with: k, then v where a call has qv.
   const float* view_scored(std::int32_t key, float* buffer) const {
     const float* k = view_key(key, buffer);
@@ -113,12 +121,16 @@ class KeyReader {
   }
 
  private:
+  KeySlot slot_of(std::int32_t key) const {
+    const bool seen = seen_.begin <= key && key < seen_.end;
+    return seen ? slot_of_key(problem_, inputs_, unit_.sequence, unit_.batch, key) : KeySlot{-1, 0};
+  }
+
   const float* view(const KeyTensor& source, std::int32_t key, float* buffer) const {
     const auto zero_from = [&](int dim) {
       std::memset(buffer + dim, 0, static_cast<std::size_t>(round_up(source.dim, dim_panel) - dim) * sizeof(float));
     };
-    const bool seen = seen_.begin <= key && key < seen_.end;
-    const KeySlot slot = seen ? slot_of_key(problem_, inputs_, unit_.sequence, unit_.batch, key) : KeySlot{-1, 0};
+    const KeySlot slot = slot_of(key);
     if (!slot.exists()) {
       zero_from(0);
       return buffer;

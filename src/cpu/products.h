@@ -6,6 +6,10 @@
 namespace flash_attn::cpu::FA_LEVEL {
 namespace {
 
+inline void scale_row(float* row, float scale, int dims) {
+  for (int d = 0; d < dims; d += lanes) store(row + d, load(row + d) * scale);
+}
+
 // The register tile: acc[M][N vectors] += A[M][depth] * B[depth][N vectors]. Elements of A are broadcast, B is read along its
 // lanes; M * N accumulators, N vectors of B and one broadcast fill the register file.
 template <class Operand, int M, int N>
@@ -53,31 +57,6 @@ inline void score_product(const float* k, int dim_words, const float* q_transpos
     matmul_tile<Operand, M, N>(acc, k + std::int64_t{key} * dim_words, dim_words, 1, q_transposed, N * lanes, dim_words);
     for (int m = 0; m < M; ++m) {
       for (int n = 0; n < N; ++n) store(scores + (key + m) * stride + n * lanes, acc[m][n] * scale);
-    }
-  }
-}
-
-// O [rows][dims] = alpha O + P^T [key words][rows] V [dim panels][key words][dim_panel].
-template <class Operand, int N>
-inline void value_product(const float* p, int key_words, const float* v, std::int64_t v_panel_stride, int panels_v,
-                          const float* alpha, float* o) {
-  constexpr int M = value_rows<N>;
-  const int dims = panels_v * dim_panel;
-  for (int panel = 0; panel < panels_v; ++panel) {
-    for (int row = 0; row < N * lanes; row += M) {
-      float* tile = o + std::int64_t{row} * dims + panel * dim_panel;
-      Vec acc[M][dim_vectors];
-#pragma GCC unroll 16
-      for (int m = 0; m < M; ++m) {
-#pragma GCC unroll 4
-        for (int n = 0; n < dim_vectors; ++n) acc[m][n] = load(tile + m * dims + n * lanes) * alpha[row + m];
-      }
-      matmul_tile<Operand, M, dim_vectors>(acc, p + row, 1, N * lanes, v + panel * v_panel_stride, dim_panel, key_words);
-#pragma GCC unroll 16
-      for (int m = 0; m < M; ++m) {
-#pragma GCC unroll 4
-        for (int n = 0; n < dim_vectors; ++n) store(tile + m * dims + n * lanes, acc[m][n]);
-      }
     }
   }
 }

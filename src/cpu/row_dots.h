@@ -9,11 +9,6 @@ namespace {
 
 constexpr int tile_rows = 4;
 
-template <int value>
-struct Constant {
-  constexpr operator int() const { return value; }
-};
-
 // Keys of a tile of M rows: M * dot_keys accumulators and as many vectors of K leave a register for Q.
 template <int M>
 constexpr int dot_keys = many_registers || M < 3 ? 6 : 3;

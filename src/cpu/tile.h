@@ -27,6 +27,21 @@ using Vec = float __attribute__((vector_size(FA_VECTOR_BYTES)));
 using IVec = std::int32_t __attribute__((vector_size(FA_VECTOR_BYTES)));
 using UVec = std::uint32_t __attribute__((vector_size(FA_VECTOR_BYTES)));
 
+// A number as a type.
+template <int value>
+struct Constant {
+  constexpr operator int() const { return value; }
+};
+
+// visit(0 as a constant), visit(1 as a constant), ..
+template <int count, int first = 0, class Visit>
+FA_INLINE void unroll(Visit visit) {
+  if constexpr (first < count) {
+    visit(Constant<first>{});
+    unroll<count, first + 1>(visit);
+  }
+}
+
 // Through memcpy: no alignment is promised, whatever the compiler thinks of a vector's alias.
 FA_INLINE Vec load(const float* p) {
   Vec x;

@@ -1,0 +1,116 @@
+// Forward's two products, S^T = K Q^T and O = alpha O + P V, by vectors or by matrix tiles.
+#pragma once
+
+#include "cpu/matrix_tiles.h"
+#include "cpu/products.h"
+
+namespace flash_attn::cpu::FA_LEVEL {
+namespace {
+
+// O [rows][dims] = alpha O + P^T [key words][rows] V [dim panels][key words][dim_panel].
+template <class Operand, int N>
+inline void value_product(const float* p, int key_words, const float* v, std::int64_t v_panel_stride, int panels_v,
+                          const float* alpha, float* o) {
+  constexpr int M = value_rows<N>;
+  const int dims = panels_v * dim_panel;
+  for (int panel = 0; panel < panels_v; ++panel) {
+    for (int row = 0; row < N * lanes; row += M) {
+      float* tile = o + std::int64_t{row} * dims + panel * dim_panel;
+      Vec acc[M][dim_vectors];
+#pragma GCC unroll 16
+      for (int m = 0; m < M; ++m) {
+#pragma GCC unroll 4
+        for (int n = 0; n < dim_vectors; ++n) acc[m][n] = load(tile + m * dims + n * lanes) * alpha[row + m];
+      }
+      matmul_tile<Operand, M, dim_vectors>(acc, p + row, 1, N * lanes, v + panel * v_panel_stride, dim_panel, key_words);
+#pragma GCC unroll 16
+      for (int m = 0; m < M; ++m) {
+#pragma GCC unroll 4
+        for (int n = 0; n < dim_vectors; ++n) store(tile + m * dims + n * lanes, acc[m][n]);
+      }
+    }
+  }
+}
+
+template <class Operand>
+struct ForwardProducts {
+  struct Unit {};  // what a thread holds while it multiplies
+
+  // S^T [keys][stride] = scale K [keys][dim words] Q^T [dim words][N vectors]. Scores of a tile's last keys may be of keys past the
+  // end.
+  template <int N>
+  static FA_INLINE void scores(const float* k, int dim_words, const float* q_transposed, int keys, float scale, float* scores,
+                               std::int64_t stride) {
+    score_product<Operand, N>(k, dim_words, q_transposed, keys, scale, scores, stride);
+  }
+
+  // O [rows][dims] = alpha O + P V, P [keys][N vectors] of which `keys` count, V [dim panels][key words][dim_panel]; P is lost.
+  template <int N>
+  static FA_INLINE void values(float* p, int keys, const float* v, std::int64_t v_panel_stride, int panels_v, const float* alpha,
+                               float* o, float*) {
+    const float* words_of_p = pack_along_keys<Operand>(p, N * lanes, keys, p);
+    value_product<Operand, N>(words_of_p, words<Operand>(keys), v, v_panel_stride, panels_v, alpha, o);
+  }
+};
+
+#if FA_BFLOAT16_TILES
+
+// P^T [rows][key words] from P [keys][N vectors], zero from `keys` to the end of the last word's tile.
+template <int N>
+inline void transpose_probabilities(const float* p, int keys, float* transposed, int key_words) {
+  for (int first = 0; first < key_words; first += lanes) {
+    for (int n = 0; n < N; ++n) {
+      Vec block[lanes];
+      for (int i = 0; i < lanes; ++i) {
+        const int key = 2 * (first + i);
+        const float* row = p + std::int64_t{key} * N * lanes + n * lanes;
+        block[i] = MatrixOperand::word({key < keys ? load(row) : Vec{}, key + 1 < keys ? load(row + N * lanes) : Vec{}});
+      }
+      transpose(block);
+      for (int i = 0; i < lanes; ++i) store(transposed + (n * lanes + i) * key_words + first, block[i]);
+    }
+  }
+}
+
+template <>
+struct ForwardProducts<MatrixOperand> {
+  using Unit = MatrixUnit;
+  static_assert(lanes == matrix_tile && dim_panel == 2 * matrix_tile);
+
+  template <int N>
+  static inline void scores(const float* k, int dim_words, const float* q_transposed, int keys, float scale, float* scores,
+                            std::int64_t stride) {
+    constexpr int M = 2;
+    for (int key = 0; key < keys; key += M * matrix_tile) {
+      float* tile = scores + key * stride;
+      multiply_tiles<M, N>(false, tile, stride, k + std::int64_t{key} * dim_words, dim_words, q_transposed, N * lanes,
+                           dim_words / matrix_tile);
+      for (int i = 0; i < M * matrix_tile * N; ++i) store(tile + i * lanes, load(tile + i * lanes) * scale);
+    }
+  }
+
+  template <int N>
+  static inline void values(float* p, int keys, const float* v, std::int64_t v_panel_stride, int panels_v, const float* alpha,
+                            float* o, float* scratch) {
+    const int key_words = words<MatrixOperand>(keys);
+    const std::int64_t dims = std::int64_t{panels_v} * dim_panel;
+    transpose_probabilities<N>(p, keys, scratch, key_words);
+    for (int row = 0; row < N * lanes; ++row) {
+      if (alpha[row] != 1.0f) scale_row(o + row * dims, alpha[row], static_cast<int>(dims));  // the maximum rarely moves
+    }
+    for (int panel = 0; panel < panels_v; ++panel) {
+      multiply_tiles<N, 2>(true, o + panel * dim_panel, dims, scratch, key_words, v + panel * v_panel_stride, dim_panel,
+                           key_words / matrix_tile);
+    }
+  }
+};
+
+using ForwardBfloat16 = MatrixOperand;
+#elif FA_BFLOAT16_DOT
+using ForwardBfloat16 = Bfloat16Operand;
+#else
+using ForwardBfloat16 = Float32Operand;
+#endif
+
+}  // namespace
+}  // namespace flash_attn::cpu::FA_LEVEL

@@ -1,0 +1,7 @@
+// AVX-512 with a matrix unit for bfloat16.
+#define FA_LEVEL avx512_amx
+#define FA_VECTOR_BYTES 64
+#define FA_VECTOR_REGISTERS 32
+#define FA_BFLOAT16_TILES 1
+
+#include "cpu/level.h"
