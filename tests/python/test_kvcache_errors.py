@@ -273,6 +273,12 @@ def test_more_splits_than_upstream_allows_are_clamped():
     mx.eval(flash_attn_with_kvcache(**READ, num_splits=100000))
 
 
+def test_one_array_cannot_take_both_new_keys_and_new_values(rng):
+    cache = mx.zeros((2, 20, 2, 32))
+    arguments = cache_call(rng, 2, 1, 20, seqlen_new=1) | {"k_cache": cache, "v_cache": cache}
+    assert_refused(ValueError, "v_cache", flash_attn_with_kvcache, **arguments)
+
+
 def test_a_call_after_a_refused_one_works(rng):
     arguments = cache_call(rng, 2, 1, 20, seqlen_new=1)
     with pytest.raises(ValueError, match="cache_seqlens"):

@@ -79,6 +79,17 @@ def test_a_traced_call_may_read_a_cache_from_outside(rng):
     np.testing.assert_allclose(to_numpy(out), run(arguments).out, atol=1e-6)
 
 
+def test_vmap_over_queries_that_only_read_equals_a_loop(rng):
+    arguments = page(rng, cache_call(rng, 2, 2, 40), 8) | {"causal": True}
+
+    def function(q: mx.array) -> mx.array:
+        return flash_attn_with_kvcache(**(arguments | {"q": q}))
+
+    queries = mx.stack([arguments["q"], arguments["q"] + 1, arguments["q"] * 2])
+    for out, q in zip(mx.vmap(function)(queries), queries, strict=True):
+        close(out, function(q), 1e-6)
+
+
 @pytest.mark.parametrize("name", ["q", "k_cache", "v_cache", "k", "v", "qv", "learnable_sink"])
 def test_there_is_no_gradient(rng, name):
     arguments = cache_call(rng, 2, 2, 40, seqlen_new=2)

@@ -25,7 +25,7 @@ from support import (
     to_numpy,
 )
 
-from flash_attn import flash_attn_varlen_func
+from flash_attn import flash_attention_mlx, flash_attn_varlen_func
 
 LENGTHS_Q, LENGTHS_K = [1, 33, 0, 20], [65, 40, 9, 3]
 PAGE_SIZES = [1, 3, 16, 128]
@@ -134,6 +134,16 @@ def test_lengths_may_add_up_to_more_than_the_pool_when_pages_are_shared(rng):
     want = results({"q": q, **gathered, **bounds, "causal": True})
     for a, b in zip(got, want, strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+@pytest.mark.parametrize("lengths", [[40, 40], [40, 23]], ids=str)
+def test_the_routed_function_reads_pages_for_dense_queries(rng, lengths):
+    arguments = paged(rng, packed_qkv(rng, [5, 5], lengths) | {"causal": True}, 8)
+    q, k, v = (arguments[name] for name in ("q", "k", "v"))
+    table = arguments["block_table"][:, :5]
+    used = None if lengths == [40, 40] else integers(*lengths)
+    out = flash_attention_mlx(q.reshape(2, 5, 4, 32), k, v, block_table=table, seqused_k=used, causal=True)
+    np.testing.assert_allclose(to_numpy(out).reshape(10, 4, 32), results(arguments)[0], atol=1e-5)
 
 
 @pytest.mark.parametrize("seqlen_q", [1, 30])
