@@ -54,9 +54,33 @@ std::uint32_t encode(Format format, double value) {
   return sign | std::min(bits, infinity);
 }
 
+// MLX packs the first code into the lowest bits of a word.
+struct CodePlace {
+  std::int64_t word;
+  int shift;
+  std::uint32_t mask;
+
+  CodePlace(DType dtype, std::int64_t row, std::int64_t d) {
+    const int bits = dtype == DType::affine8 ? 8 : 4;
+    const int codes_of_word = 32 / bits;
+    word = row + d / codes_of_word;
+    shift = static_cast<int>(d % codes_of_word) * bits;
+    mask = (1u << bits) - 1;
+  }
+};
+
+std::uint32_t word_at(const void* data, std::int64_t index) {
+  std::uint32_t word;
+  std::memcpy(&word, static_cast<const char*>(data) + 4 * index, sizeof(word));
+  return word;
+}
+
 }  // namespace
 
-std::int64_t element_size(DType dtype) { return dtype == DType::float32 ? 4 : dtype == DType::boolean ? 1 : 2; }
+std::int64_t element_size(DType dtype) {
+  if (dtype == DType::boolean || dtype == DType::int8) return 1;
+  return dtype == DType::bfloat16 || dtype == DType::float16 ? 2 : 4;
+}
 
 double read_element(const void* data, DType dtype, std::int64_t index) {
   const char* address = static_cast<const char*>(data) + index * element_size(dtype);
@@ -82,6 +106,30 @@ void write_element(void* data, DType dtype, std::int64_t index, double value) {
     const auto bits = static_cast<std::uint16_t>(encode(format_of(dtype), value));
     std::memcpy(address, &bits, sizeof(bits));
   }
+}
+
+bool has_codes(DType dtype) { return dtype == DType::int8 || dtype == DType::affine8 || dtype == DType::affine4; }
+
+std::int32_t lowest_code(DType dtype) { return dtype == DType::int8 ? -127 : 0; }
+std::int32_t highest_code(DType dtype) { return dtype == DType::int8 ? 127 : dtype == DType::affine8 ? 255 : 15; }
+
+std::int64_t codes_of_group(DType dtype, std::int64_t dim) { return dtype == DType::int8 ? dim : quantization_group; }
+
+std::int32_t read_code(const void* data, DType dtype, std::int64_t row, std::int64_t d) {
+  if (dtype == DType::int8) return static_cast<const signed char*>(data)[row + d];
+  const CodePlace place(dtype, row, d);
+  return static_cast<std::int32_t>(word_at(data, place.word) >> place.shift & place.mask);
+}
+
+void write_code(void* data, DType dtype, std::int64_t row, std::int64_t d, std::int32_t code) {
+  if (dtype == DType::int8) {
+    static_cast<signed char*>(data)[row + d] = static_cast<signed char>(code);
+    return;
+  }
+  const CodePlace place(dtype, row, d);
+  const std::uint32_t others = word_at(data, place.word) & ~(place.mask << place.shift);
+  const std::uint32_t word = others | static_cast<std::uint32_t>(code) << place.shift;
+  std::memcpy(static_cast<char*>(data) + 4 * place.word, &word, sizeof(word));
 }
 
 double rounding_error(DType dtype, double value) {

@@ -6,6 +6,7 @@
 #include <limits>
 #include <sstream>
 
+#include "call_parts.h"
 #include "element.h"
 #include "semantics/mask.h"
 
@@ -14,7 +15,8 @@ namespace {
 
 constexpr std::uint64_t golden_ratio = 0x9E3779B97F4A7C15u;
 
-// Uniform in [-1, 1), a pure function of its arguments.
+}  // namespace
+
 double noise(std::uint64_t seed, std::uint64_t tensor, std::int64_t index) {
   std::uint64_t x = (seed * 31 + tensor) * golden_ratio + static_cast<std::uint64_t>(index);
   x = (x + golden_ratio);
@@ -23,8 +25,6 @@ double noise(std::uint64_t seed, std::uint64_t tensor, std::int64_t index) {
   x ^= x >> 31;
   return static_cast<double>(x >> 11) * 0x1p-52 - 1.0;
 }
-
-enum TensorId : std::uint64_t { id_q, id_k, id_v, id_mask, id_alibi, id_sink, id_dout, id_dlse };
 
 std::int64_t offset_of(const cpu::Strides& strides, std::int64_t batch, std::int64_t row, std::int64_t head) {
   return batch * strides.batch + row * strides.seq + head * strides.head;
@@ -43,9 +43,9 @@ void fill_row(const cpu::Tensor& tensor, std::int64_t offset, std::int64_t dim, 
 }
 
 cpu::ConstTensor as_const(const cpu::Tensor& tensor) { return {tensor.data, tensor.dtype, tensor.strides}; }
-
-// Where the chip multiplies bfloat16 pairs, P and dS are rounded to bfloat16 before their products, as upstream rounds them.
-constexpr double bfloat16_operand_error = 0x1p-8;
+cpu::Tensor as_writable(const cpu::ConstTensor& tensor) {
+  return {const_cast<void*>(tensor.data), tensor.dtype, tensor.strides};
+}
 
 bool agree(double got, double want, double tolerance) {
   if (std::isnan(want)) return std::isnan(got);
@@ -59,9 +59,20 @@ std::string describe(const char* name, std::int64_t row, std::int64_t head, std:
   return text.str();
 }
 
-// `want` is [rows, heads, dim]; when dense, rows are [batch, seq].
+namespace {
+
+// Where the chip multiplies bfloat16 pairs, P and dS are rounded to bfloat16 before their products, as upstream rounds them.
+constexpr double bfloat16_operand_error = 0x1p-8;
+
+// There, keys and values that were quantised are rounded too.
+double quantized_operand_error(const TestCall& call) {
+  return call.problem.dtype == DType::bfloat16 && has_codes(call.inputs.k.dtype) ? bfloat16_operand_error : 0.0;
+}
+
+// `want` is [rows, heads, dim]; when dense, rows are [batch, seq]. `errors`: what each element may differ by besides; empty: 0.
 std::string compare_tensor(const char* name, const cpu::Tensor& got, const Sums& want, std::int64_t rows,
-                           std::int64_t rows_per_batch, std::int64_t heads, std::int64_t dim, double relative) {
+                           std::int64_t rows_per_batch, std::int64_t heads, std::int64_t dim, double relative,
+                           const std::vector<double>& errors = {}) {
   for (std::int64_t row = 0; row < rows; ++row) {
     for (std::int64_t head = 0; head < heads; ++head) {
       const std::int64_t offset = offset_of(got.strides, row / rows_per_batch, row % rows_per_batch, head);
@@ -71,6 +82,7 @@ std::string compare_tensor(const char* name, const cpu::Tensor& got, const Sums&
         const double actual = read_element(got.data, got.dtype, offset + d * got.strides.dim);
         double tolerance = relative * std::max(1.0, std::abs(expected));
         if (got.dtype != DType::float32) tolerance += rounding_error(got.dtype, expected);
+        if (!errors.empty()) tolerance += errors[index];
         if (got.dtype == DType::bfloat16) tolerance += bfloat16_operand_error * want.magnitudes[index];
         if (!agree(actual, expected, tolerance)) return describe(name, row, head, d, actual, expected);
       }
@@ -130,21 +142,13 @@ cpu::Tensor TestCall::make_tensor(const Shape& shape, Layout layout, DType dtype
     default:
       break;
   }
-  if (problem.varlen) strides.batch = 0;
+  if (shape.batch == 1) strides.batch = 0;
   std::int64_t elements = 0;
   if (shape.batch > 0 && shape.seq > 0 && shape.heads > 0 && shape.dim > 0) {
     elements = 1 + (shape.batch - 1) * strides.batch + (shape.seq - 1) * std::abs(strides.seq) +
                (shape.heads - 1) * strides.head + (shape.dim - 1) * strides.dim;
   }
   return {allocate(elements, dtype) + (elements ? first * element_size(dtype) : 0), dtype, strides};
-}
-
-template <class T>
-const T* TestCall::copy_small(const std::vector<T>& values) {
-  static_assert(sizeof(T) == 4);
-  auto* data = reinterpret_cast<T*>(allocate(static_cast<std::int64_t>(values.size()), DType::float32));
-  std::copy(values.begin(), values.end(), data);
-  return data;
 }
 
 void TestCall::make_mask(const Features& features) {
@@ -181,6 +185,10 @@ void TestCall::fill_used(const Features& features, std::uint64_t seed) {
       for (std::int32_t i = 0; i < pair.q.length; ++i) {
         const std::int64_t row = pair.q.begin + i;
         fill_row(q, offset_of(q.strides, batch, row, head), problem.head_dim, features.magnitude, seed, id_q);
+        if (problem.has_qv) {
+          fill_row(as_writable(inputs.qv), offset_of(inputs.qv.strides, batch, row, head), problem.head_dim_v,
+                   features.magnitude, seed, id_qv);
+        }
         fill_row({dout, saved.dout.dtype, saved.dout.strides}, offset_of(saved.dout.strides, batch, row, head),
                  problem.head_dim_v, 1.0, seed, id_dout);
         if (dlse) {
@@ -190,9 +198,10 @@ void TestCall::fill_used(const Features& features, std::uint64_t seed) {
         const KeyRange keys = visible_keys(rule, i);
         for (std::int32_t j = keys.begin; j < keys.end; ++j) {
           if (!filled[static_cast<std::size_t>(j)]) {
-            const std::int64_t slot = pair.k.begin + j;
-            fill_row(k, offset_of(k.strides, batch, slot, kv_head), problem.head_dim, features.magnitude, seed, id_k);
-            fill_row(v, offset_of(v.strides, batch, slot, kv_head), problem.head_dim_v, 1.0, seed, id_v);
+            const std::int32_t slot = pair.k.begin + j;
+            const bool is_new = pair.appended.begin <= slot && slot < pair.appended.begin + pair.appended.length;
+            const KeyPlace place = key_place(problem, inputs, pair, batch, j);
+            if (place.exists && !is_new) fill_key(place, kv_head, features.magnitude, seed);
             filled[static_cast<std::size_t>(j)] = true;
           }
           if (!attn_mask.data) continue;
@@ -220,9 +229,16 @@ TestCall::TestCall(const AttentionProblem& given, const Features& features, std:
   const auto make_lse = [&] { return reinterpret_cast<float*>(allocate(batch * problem.heads_q * seq_q, DType::float32)); };
 
   q = make_tensor(q_shape, features.q, problem.dtype);
-  k = make_tensor(k_shape, features.k, problem.dtype);
-  v = make_tensor(v_shape, features.v, problem.dtype);
   inputs.q = as_const(q);
+  if (problem.has_qv) inputs.qv = as_const(make_tensor(out_shape, features.q, problem.dtype));
+  if (problem.cached) {
+    make_cache(features);
+  } else {
+    k = make_tensor(k_shape, features.k, problem.dtype);
+    v = make_tensor(v_shape, features.v, problem.dtype);
+    gradients.dk = make_tensor(k_shape, features.out, problem.dtype);
+    gradients.dv = make_tensor(v_shape, features.out, problem.dtype);
+  }
   inputs.k = as_const(k);
   inputs.v = as_const(v);
   outputs = {make_tensor(out_shape, features.out, problem.dtype), make_lse(), lse_strides};
@@ -233,8 +249,6 @@ TestCall::TestCall(const AttentionProblem& given, const Features& features, std:
   saved.dlse = features.dlse ? make_lse() : nullptr;
   saved.dlse_strides = lse_strides;
   gradients.dq = make_tensor(q_shape, features.out, problem.dtype);
-  gradients.dk = make_tensor(k_shape, features.out, problem.dtype);
-  gradients.dv = make_tensor(v_shape, features.out, problem.dtype);
 
   if (features.alibi) {
     std::vector<float> slopes;
@@ -252,7 +266,7 @@ TestCall::TestCall(const AttentionProblem& given, const Features& features, std:
   }
   if (problem.varlen) {
     inputs.cu_seqlens_q = copy_small(features.cu_seqlens_q);
-    inputs.cu_seqlens_k = copy_small(features.cu_seqlens_k);
+    if (!problem.cached) inputs.cu_seqlens_k = copy_small(features.cu_seqlens_k);
   }
   if (!features.seqused_q.empty()) inputs.seqused_q = copy_small(features.seqused_q);
   if (!features.seqused_k.empty()) inputs.seqused_k = copy_small(features.seqused_k);
@@ -262,6 +276,8 @@ TestCall::TestCall(const AttentionProblem& given, const Features& features, std:
   }
   if (features.attn_mask) make_mask(features);
   fill_used(features, seed);
+  if (new_keys.k.data) fill_new_keys(seed);
+  if (problem.rotary_dim > 0) fill_angles(seed);
 }
 
 void TestCall::save_reference(const ReferenceForward& reference) {
@@ -293,11 +309,19 @@ std::string compare_forward(const TestCall& call, const ReferenceForward& refere
   const std::int64_t per_batch = rows_per_batch(problem, problem.total_q, problem.max_seqlen_q);
   const cpu::LseStrides& strides = call.outputs.lse_strides;
   const cpu::Tensor lse = {call.outputs.lse, DType::float32, {strides.batch, strides.seq, strides.head, 1}};
+  const double operand_error = quantized_operand_error(call);
+  std::vector<double> lse_errors;
+  for (const double products : reference.products) lse_errors.push_back(operand_error * products);
+  std::vector<double> out_errors;
+  for (std::size_t i = 0; i < reference.out.values.size(); ++i) {
+    const double score_error = lse_errors[i / static_cast<std::size_t>(problem.head_dim_v)];
+    out_errors.push_back((operand_error + 2 * score_error) * reference.out.magnitudes[i]);
+  }
   std::string difference = compare_tensor("out", call.outputs.out, reference.out, query_rows(problem), per_batch,
-                                          problem.heads_q, problem.head_dim_v, forward_tolerance);
+                                          problem.heads_q, problem.head_dim_v, forward_tolerance, out_errors);
   if (difference.empty()) {
-    difference =
-        compare_tensor("lse", lse, {reference.lse, {}}, query_rows(problem), per_batch, problem.heads_q, 1, forward_tolerance);
+    difference = compare_tensor("lse", lse, {reference.lse, {}}, query_rows(problem), per_batch, problem.heads_q, 1,
+                                forward_tolerance, lse_errors);
   }
   return difference;
 }
