@@ -35,4 +35,8 @@ std::vector<std::uint8_t> random_bytes(std::uint64_t seed, std::size_t size);
 /// seqused out of range) now and then. Small: `work` bounds batch * heads_q * seqlen_q * seqlen_k * head dims.
 TestCall random_call(ByteSource& source, std::int64_t work);
 
+/// The same over a cache: contiguous or in pages, of any storage, with or without new keys and rotation. Block tables that name
+/// pages which do not exist, or one page many times; rows, lengths, leftpads and starts out of range.
+TestCall random_cached_call(ByteSource& source, std::int64_t work);
+
 }  // namespace flash_attn::test
