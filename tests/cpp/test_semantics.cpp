@@ -2,6 +2,7 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <array>
 #include <cmath>
 #include <limits>
@@ -15,6 +16,9 @@
 #include "element.h"
 #include "semantics/dropout.h"
 #include "semantics/mask.h"
+#include "semantics/paging.h"
+#include "semantics/quantization.h"
+#include "semantics/rotary.h"
 #include "semantics/sequence.h"
 
 namespace flash_attn {
@@ -267,6 +271,150 @@ TEST(SequenceExtent, AnyCuSeqlensGiveDisjointExtentsInsideTheTensor) {
   }
 }
 
+TEST(CachedSequence, AnyLengthsStayInsideTheRow) {
+  const int32 values[] = {lowest, -1, 0, 1, 4, 9, 10, 11, highest};
+  for (int32 length : values) {
+    for (int32 leftpad : values) {
+      for (int32 row : {lowest, -1, 0, 1, 2, highest}) {
+        for (int32 new_end : values) {
+          for (int32 page_size : {0, 4}) {
+            AttentionProblem problem;
+            problem.batch = problem.cache_rows = 1;
+            problem.cached = true;
+            problem.max_seqlen_q = 1;
+            problem.max_seqlen_k = 10;
+            problem.page_size = page_size;
+            problem.table_rows = 2;
+            problem.table_blocks = 2;
+            problem.total_new = 3;
+            const int32 new_starts[] = {1, new_end};
+            cpu::AttentionInputs inputs;
+            inputs.seqused_k = &length;
+            inputs.cache.leftpad = &leftpad;
+            inputs.cache.batch_idx = &row;
+            inputs.cache.cu_seqlens_new = new_starts;
+            const int32 capacity = page_size ? 8 : 10;
+            const cpu::Sequence sequence = cpu::sequences_of(problem, inputs)[0];
+            ASSERT_GE(sequence.k.begin, 0);
+            ASSERT_GE(sequence.k.length, 0);
+            ASSERT_LE(sequence.k.begin + sequence.k.length, capacity);
+            ASSERT_GE(sequence.cache_row, 0);
+            ASSERT_LT(sequence.cache_row, page_size ? 2 : 1);
+            const Extent new_keys = cpu::new_keys_of(problem, inputs, 0);
+            ASSERT_TRUE(0 <= new_keys.begin && 0 <= new_keys.length && new_keys.begin + new_keys.length <= 3);
+          }
+        }
+      }
+    }
+  }
+}
+
+TEST(CachedSequence, HasWhatTheCacheHoldsAndWhatIsAppendedLessTheLeftpad) {
+  AttentionProblem problem;
+  problem.batch = problem.cache_rows = 1;
+  problem.cached = true;
+  problem.max_seqlen_q = 1;
+  problem.max_seqlen_k = 100;
+  problem.seqlen_new = 5;
+  const int32 length = 40;
+  const int32 leftpad = 7;
+  cpu::AttentionInputs inputs;
+  inputs.seqused_k = &length;
+  inputs.cache.leftpad = &leftpad;
+  const cpu::Sequence sequence = cpu::sequences_of(problem, inputs)[0];
+  EXPECT_EQ(sequence.k.begin, 7);
+  EXPECT_EQ(sequence.k.length, 40 + 5 - 7);
+}
+
+TEST(Paging, SlotsFillOnePageAfterTheOther) {
+  for (int32 page_size : {1, 2, 7, 16, 256}) {
+    int32 slot = 0;
+    for (int32 entry = 0; entry < 3; ++entry) {
+      for (int32 row = 0; row < page_size; ++row, ++slot) {
+        const PageSlot place = page_slot(slot, page_size);
+        ASSERT_EQ(place.entry, entry);
+        ASSERT_EQ(place.row, row);
+      }
+    }
+  }
+}
+
+TEST(Paging, OnlyIdsInsideTheCacheNameAPage) {
+  for (int32 page : {0, 1, 2}) EXPECT_TRUE(page_exists(page, 3)) << page;
+  for (int32 page : {-1, 3, lowest, highest}) EXPECT_FALSE(page_exists(page, 3)) << page;
+  EXPECT_FALSE(page_exists(0, 0));
+}
+
+TEST(Rotary, TurnsByTheAngle) {
+  for (double angle : {0.0, 0.3, 1.0, 2.0, -2.5}) {
+    for (double start : {0.0, 0.7, 3.0}) {
+      const RotaryPair<double> x = {2 * std::cos(start), 2 * std::sin(start)};
+      const RotaryPair<double> turned = rotate(x, std::cos(angle), std::sin(angle));
+      EXPECT_NEAR(turned.first, 2 * std::cos(start + angle), 1e-15);
+      EXPECT_NEAR(turned.second, 2 * std::sin(start + angle), 1e-15);
+    }
+  }
+}
+
+// What makes it a position embedding: a product depends on the distance alone.
+TEST(Rotary, ProductsDependOnTheDistanceOfPositions) {
+  const auto product = [](int query, int key) {
+    const auto at = [](RotaryPair<double> x, int position) {
+      return rotate(x, std::cos(0.1 * position), std::sin(0.1 * position));
+    };
+    const RotaryPair<double> q = at({0.3, -1.2}, query);
+    const RotaryPair<double> k = at({0.8, 0.5}, key);
+    return q.first * k.first + q.second * k.second;
+  };
+  EXPECT_NEAR(product(7, 3), product(104, 100), 1e-13);
+  EXPECT_GT(std::abs(product(7, 3) - product(8, 3)), 1e-2);
+}
+
+TEST(Rotary, QueriesTurnOneByOneOnlyWhereTheirOrderMatters) {
+  EXPECT_EQ(rotary_position_of_key(10, 3), 13);
+  EXPECT_EQ(rotary_position_of_query(10, 3, false, -1, -1), 10);
+  EXPECT_EQ(rotary_position_of_query(10, 3, true, -1, -1), 13);
+  EXPECT_EQ(rotary_position_of_query(10, 3, false, 0, -1), 13);
+  EXPECT_EQ(rotary_position_of_query(10, 3, false, -1, 0), 13);
+}
+
+TEST(Quantization, Int8ReachesTheLargestMagnitude) {
+  for (float largest : {0.0f, 1e-30f, 0.5f, 1.0f, 1000.0f}) EXPECT_NEAR(127.0f * int8_scale(largest), largest, 1e-6f * largest);
+}
+
+TEST(Quantization, AffineHasTheEndOfLargerMagnitudeExactlyAndReachesTheOther) {
+  std::mt19937 bits(7);
+  std::uniform_real_distribution<float> uniform(-3.0f, 3.0f);
+  for (int largest_code : {15, 255}) {
+    for (int i = 0; i < 10000; ++i) {
+      const float a = uniform(bits);
+      const float b = uniform(bits);
+      const float low = std::min(a, b);
+      const float high = std::max(a, b);
+      const AffineScale affine = affine_scale(low, high, largest_code);
+      const bool from_below = std::abs(low) > std::abs(high);
+      const float edge = from_below ? low : high;
+      const float other = from_below ? high : low;
+      ASSERT_EQ(affine.scale > 0.0f, from_below);
+      // Code 0 is the edge; 0 is a code; and the other end is at most one step past the last code.
+      const float step = std::abs(affine.scale);
+      ASSERT_EQ(dequantized(0.0f, affine.scale, affine.bias), edge);
+      const float code_of_zero = -affine.bias / affine.scale;
+      ASSERT_NEAR(code_of_zero, std::round(code_of_zero), 1e-3f * std::max(1.0f, std::abs(code_of_zero) / 16.0f));
+      ASSERT_LT(std::abs((other - affine.bias) / affine.scale), static_cast<float>(largest_code) + 1.01f);
+      ASSERT_LT(step, (high - low) / static_cast<float>(largest_code - 1) + 1e-6f);
+    }
+  }
+}
+
+TEST(Quantization, AffineOfOneValueIsThatValue) {
+  for (float constant : {0.0f, 1.0f, -2.5f, 1e-6f, 3e4f}) {
+    const AffineScale affine = affine_scale(constant, constant, 15);
+    EXPECT_GT(std::abs(affine.scale), 0.0f);
+    EXPECT_EQ(dequantized(0.0f, affine.scale, affine.bias), constant);
+  }
+}
+
 // The tests' own conversions, against the compiler's where it has them.
 TEST(Element, RoundsToNearestEven) {
   float float32;
@@ -291,6 +439,22 @@ TEST(Element, RoundsToNearestEven) {
     bits = static_cast<std::uint16_t>(pattern);
     ASSERT_EQ(rounded(DType::float16, test::read_element(&bits, DType::float16, 0)), pattern);
   }
+}
+
+TEST(Element, CodesComeBackAsTheyWereWrittenAndLeaveTheirNeighbours) {
+  for (DType dtype : {DType::int8, DType::affine8, DType::affine4}) {
+    std::array<std::uint32_t, 16> row;
+    row.fill(0xFFFFFFFFu);
+    const int lowest_code = test::lowest_code(dtype);
+    const int codes = test::highest_code(dtype) - lowest_code + 1;
+    for (int d = 0; d < 32; ++d) test::write_code(row.data(), dtype, 1, d, lowest_code + d * 37 % codes);
+    for (int d = 0; d < 32; ++d) EXPECT_EQ(test::read_code(row.data(), dtype, 1, d), lowest_code + d * 37 % codes);
+  }
+  std::uint32_t word = 0;
+  test::write_code(&word, DType::affine4, 0, 1, 0xA);
+  EXPECT_EQ(word, 0xA0u);
+  test::write_code(&word, DType::affine8, 0, 3, 0x7F);
+  EXPECT_EQ(word, 0x7F0000A0u);
 }
 
 }  // namespace
