@@ -91,12 +91,14 @@ inline void attend(const BlockContext& block, const RowPanel& panel, PanelState&
   alignas(64) float alpha[panel_rows];
 
   using Products = ForwardProducts<Operand>;
-  Products::template scores<N>(k, dim_words, state.q_transposed, tile.keys, block.scores.scale.query, tile.scores, tile.stride);
+  const Staircase<N> staircase(panel, tile.key_begin, tile.keys);
+  Products::template scores<N>(k, dim_words, state.q_transposed, tile.keys, block.scores.scale.query, staircase, tile.scores,
+                               tile.stride);
   block.steps->apply(block.scores, panel, tile);
   softmax_tile<N>(tile, state.softmax, alpha);
   if (problem.has_dropout) drop_probabilities(problem, *block.pass->inputs, panel, tile);
-  Products::template values<N>(tile.scores, tile.keys, v, v_panel_stride, panels_of(problem.head_dim_v), alpha, state.o,
-                               block.transposed_tile);
+  Products::template values<N>(tile.scores, tile.keys, v, v_panel_stride, panels_of(problem.head_dim_v), alpha, staircase,
+                               state.o, block.transposed_tile);
 }
 
 // ---- a task

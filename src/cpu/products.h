@@ -47,17 +47,27 @@ inline const float* pack_along_keys(const float* tile, std::int64_t stride, int 
   return packed;
 }
 
+// S^T [M keys][N vectors of a row] = scale K [M][dim words] Q^T [dim words][q_stride].
+template <class Operand, int M, int N>
+FA_INLINE void score_tile(const float* k, int dim_words, const float* q_transposed, std::int64_t q_stride, float scale,
+                          float* scores, std::int64_t stride) {
+  Vec acc[M][N] = {};
+  matmul_tile<Operand, M, N>(acc, k, dim_words, 1, q_transposed, q_stride, dim_words);
+#pragma GCC unroll 16
+  for (int m = 0; m < M; ++m) {
+#pragma GCC unroll 4
+    for (int n = 0; n < N; ++n) store(scores + m * stride + n * lanes, acc[m][n] * scale);
+  }
+}
+
 // S^T [keys][stride] = scale K [keys][dim words] Q^T [dim words][N vectors].
 template <class Operand, int N>
 inline void score_product(const float* k, int dim_words, const float* q_transposed, int keys, float scale, float* scores,
                           std::int64_t stride) {
   constexpr int M = score_keys<N>;
   for (int key = 0; key < keys; key += M) {
-    Vec acc[M][N] = {};
-    matmul_tile<Operand, M, N>(acc, k + std::int64_t{key} * dim_words, dim_words, 1, q_transposed, N * lanes, dim_words);
-    for (int m = 0; m < M; ++m) {
-      for (int n = 0; n < N; ++n) store(scores + (key + m) * stride + n * lanes, acc[m][n] * scale);
-    }
+    score_tile<Operand, M, N>(k + std::int64_t{key} * dim_words, dim_words, q_transposed, N * lanes, scale, scores + key * stride,
+                              stride);
   }
 }
 

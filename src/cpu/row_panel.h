@@ -33,6 +33,7 @@ struct RowPanel {
   std::int32_t key_end[panel_rows];
   KeyRange some;  // keys that a row sees lie in here
   KeyRange all;   // keys in here are seen by every row
+  KeyRange some_of_vector[panel_vectors];  // as `some`, of the rows in one vector
 
   float diagonal[panel_rows];    // key position on the row's diagonal, for ALiBi
   float slope_log2[panel_rows];  // ALiBi slope in log2 units
@@ -62,10 +63,13 @@ struct RowPanel {
         }
       }
       KeyRange keys = visible_keys(unit.rule, query[lane]);
+      KeyRange& some_here = some_of_vector[lane / lanes];
+      if (lane % lanes == 0) some_here = {highest_int, lowest_int};
       if (keys.begin >= keys.end) {
         keys = {0, 0};
       } else {
         some = {min_of(some.begin, keys.begin), max_of(some.end, keys.end)};
+        some_here = {min_of(some_here.begin, keys.begin), max_of(some_here.end, keys.end)};
       }
       all = {max_of(all.begin, keys.begin), min_of(all.end, keys.end)};
       key_begin[lane] = keys.begin;
