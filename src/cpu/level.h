@@ -23,24 +23,26 @@ using BackwardBfloat16 = Bfloat16Operand;
 using BackwardBfloat16 = Float32Operand;
 #endif
 
-// The kernel of the operand that suits the problem's dtype.
-#define FA_CHOOSE_OPERAND(kernel, of_bfloat16, problem, ...) \
-  ((problem)->dtype == DType::bfloat16 ? kernel<of_bfloat16>(__VA_ARGS__) : kernel<Float32Operand>(__VA_ARGS__))
+// The kernel of the operand that suits a pass. The numbers of a quantised cache are not bfloat16.
+#define FA_CHOOSE_OPERAND(kernel, of_bfloat16, pass, ...)                                   \
+  ((pass).problem->dtype == DType::bfloat16 && !(pass).inputs->cache.k.scales               \
+       ? kernel<of_bfloat16>(__VA_ARGS__)                                                   \
+       : kernel<Float32Operand>(__VA_ARGS__))
 
 void run_pack_keys_values(const ForwardPass& pass, const Unit& unit, std::int32_t block, float* packed) {
-  FA_CHOOSE_OPERAND(pack_keys_values, ForwardBfloat16, pass.problem, pass, unit, block, packed);
+  FA_CHOOSE_OPERAND(pack_keys_values, ForwardBfloat16, pass, pass, unit, block, packed);
 }
 void run_forward_rows(const ForwardPass& pass, const ForwardTask& task, float* scratch) {
-  FA_CHOOSE_OPERAND(forward_rows, ForwardBfloat16, pass.problem, pass, task, scratch);
+  FA_CHOOSE_OPERAND(forward_rows, ForwardBfloat16, pass, pass, task, scratch);
 }
 void run_prepare_rows(const BackwardPass& pass, const Unit& unit, std::int32_t row_begin, float* rows) {
-  FA_CHOOSE_OPERAND(prepare_rows, BackwardBfloat16, pass.problem, pass, unit, row_begin, rows);
+  FA_CHOOSE_OPERAND(prepare_rows, BackwardBfloat16, pass, pass, unit, row_begin, rows);
 }
 void run_backward_keys(const BackwardPass& pass, const BackwardTask& task, float* scratch) {
-  FA_CHOOSE_OPERAND(backward_keys, BackwardBfloat16, pass.problem, pass, task, scratch);
+  FA_CHOOSE_OPERAND(backward_keys, BackwardBfloat16, pass, pass, task, scratch);
 }
 void run_add_mask_gradient(const BackwardPass& pass, const MaskGradientTask& task, float* scratch) {
-  FA_CHOOSE_OPERAND(add_mask_gradient, BackwardBfloat16, pass.problem, pass, task, scratch);
+  FA_CHOOSE_OPERAND(add_mask_gradient, BackwardBfloat16, pass, pass, task, scratch);
 }
 
 }  // namespace

@@ -7,6 +7,7 @@
 #include "ops/normalise.h"
 #include "ops/primitive.h"
 #include "ops/route.h"
+#include "reference/kvcache.h"
 #include "reference/reference.h"
 
 namespace flash_attn {
@@ -33,6 +34,7 @@ AttentionOutputs compute(const AttentionCall& call, Route::Target target) {
     case Route::Target::reference:
       break;
   }
+  if (call.problem.cached) return reference::attention_over_cache(call);
   const reference::Result result = reference::attention(call);
   return {result.out, result.lse};
 }

@@ -9,17 +9,17 @@
 #include "mlx/ops.h"
 #include "mlx/transforms.h"
 #include "ops/check_kvcache.h"
+#include "ops/inputs.h"
 #include "ops/kvcache_primitive.h"
 #include "ops/normalise.h"
 #include "ops/require.h"
 #include "ops/route.h"
 #include "reference/kvcache.h"
-#include "reference/reference.h"
 
 namespace flash_attn {
 namespace {
 
-/// True when an array is computed from a placeholder of mx.compile, which has neither data nor a way to get any.
+/// True when an array is computed from a placeholder of a transformation, which has neither data nor a way to get any.
 bool depends_on_placeholder(const mx::array& array) {
   std::vector<mx::array> waiting = {array};
   std::unordered_set<std::uintptr_t> seen;
@@ -33,11 +33,13 @@ bool depends_on_placeholder(const mx::array& array) {
   return false;
 }
 
+/// A cache from outside a traced function would be left referring to a placeholder of it.
 void require_traced_together(const AttentionCall& call) {
-  const bool cache_is_outside = !call.k.is_tracer() || !call.v.is_tracer();
-  if (call.q.is_tracer() && cache_is_outside && (depends_on_placeholder(call.q) || depends_on_placeholder(*call.optional.k_new))) {
-    fail<std::invalid_argument>("k_cache", "an array from outside the function that mx.compile traces",
-                                "the cache among the function's inputs, and returned by it, to be changed in place");
+  if (call.k.is_tracer() && call.v.is_tracer()) return;
+  for (const mx::array& input : node_inputs(call)) {
+    if (!input.is_tracer() || !depends_on_placeholder(input)) continue;
+    fail<std::invalid_argument>("k_cache", "an array from outside the function that mx.compile or mx.vmap traces",
+                                "the caches among the function's inputs, and returned by it, to be changed in place");
   }
 }
 
@@ -82,8 +84,8 @@ AttentionResult run(const AttentionCall& call, const CacheRef& k_cache, const Ca
       const AttentionOutputs outputs = attention_node(call);
       return {outputs.out, outputs.lse, no_probabilities, route};
     }
-    const reference::Result result = reference::attention(call);
-    return {result.out, result.lse, no_probabilities, route};
+    const AttentionOutputs outputs = reference::attention_over_cache(call);
+    return {outputs.out, outputs.lse, no_probabilities, route};
   }
 
   require_separate(k_cache, v_cache);

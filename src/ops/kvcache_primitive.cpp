@@ -9,6 +9,7 @@
 #include "mlx/backend/cpu/encoder.h"
 #include "ops/attention_node.h"
 #include "ops/cpu_views.h"
+#include "ops/vjp.h"
 
 namespace flash_attn {
 namespace {
@@ -97,7 +98,7 @@ class FlashAttentionWithKVCache final : public AttentionNode {
   }
 
   Arrays vjp(const Arrays&, const Arrays&, const std::vector<int>&, const Arrays&) override {
-    throw NotImplementedError("[flash_attn] attention over a KV cache has no gradient; use flash_attn_func");
+    throw no_gradient_through_cache();
   }
 
   std::pair<Arrays, std::vector<int>> vmap(const Arrays&, const std::vector<int>&) override {

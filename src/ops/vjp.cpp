@@ -1,6 +1,5 @@
 #include "ops/vjp.h"
 
-#include "flash_attn/attention.h"
 #include "mlx/ops.h"
 
 namespace flash_attn {
@@ -27,10 +26,7 @@ std::vector<std::optional<Differentiable>> differentiable_inputs(const Attention
 
 std::vector<mx::array> attention_vjp(const AttentionCall& call, const AttentionOutputs& outputs,
                                      const AttentionCotangents& cotangents, const std::vector<int>& argnums) {
-  if (call.problem.cached) {
-    throw NotImplementedError("[flash_attn] attention over a KV cache or pages has no gradient; use flash_attn_func or "
-                              "flash_attn_varlen_func with k and v as tensors");
-  }
+  if (call.problem.cached) throw no_gradient_through_cache();
   const auto differentiable = differentiable_inputs(call);
   WantedGradients wanted;
   for (const int argnum : argnums) {
@@ -47,6 +43,12 @@ std::vector<mx::array> attention_vjp(const AttentionCall& call, const AttentionO
     result.push_back(which ? mx::astype(*gradients[*which], input.dtype(), call.stream) : mx::zeros_like(input, call.stream));
   }
   return result;
+}
+
+NotImplementedError no_gradient_through_cache() {
+  return NotImplementedError(
+      "[flash_attn] attention over a KV cache or pages has no gradient; use flash_attn_func or flash_attn_varlen_func with k and v "
+      "as tensors");
 }
 
 }  // namespace flash_attn

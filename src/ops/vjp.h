@@ -3,6 +3,7 @@
 
 #include <vector>
 
+#include "flash_attn/attention.h"
 #include "ops/primitive.h"
 
 namespace flash_attn {
@@ -11,5 +12,8 @@ namespace flash_attn {
 /// keys.
 std::vector<mx::array> attention_vjp(const AttentionCall& call, const AttentionOutputs& outputs,
                                      const AttentionCotangents& cotangents, const std::vector<int>& argnums);
+
+/// For every route.
+NotImplementedError no_gradient_through_cache();
 
 }  // namespace flash_attn

@@ -7,6 +7,7 @@
 
 #include "mlx/mlx.h"
 #include "ops/inputs.h"
+#include "ops/vjp.h"
 #include "reference/reference.h"
 #include "semantics/rotary.h"
 
@@ -156,7 +157,7 @@ mx::array dequantized(const mx::array& data, const std::optional<mx::array>& sca
   if (!scales) return data;
   if (!biases) return mx::astype(data, mx::float32) * mx::expand_dims(*scales, -1);
   const int bits = data.shape(-1) * 32 / values_of_codes(data, biases);
-  return mx::astype(mx::dequantize(data, *scales, *biases, quantization_group, bits), mx::float32);
+  return mx::dequantize(data, mx::astype(*scales, mx::float32), mx::astype(*biases, mx::float32), quantization_group, bits);
 }
 
 mx::array with_missing_hidden(const std::optional<mx::array>& mask, const mx::array& exists) {
@@ -193,6 +194,17 @@ AttentionCall gathered(const AttentionCall& call) {
   return dense;
 }
 
+AttentionOutputs attention_over_cache(const AttentionCall& call) {
+  using Arrays = std::vector<mx::array>;
+  const auto attend = [problem = call.problem, present = presence(call.optional), stream = call.stream](const Arrays& inputs) {
+    const Result result = attention(call_of_node(problem, present, inputs, stream));
+    return Arrays{result.out, result.lse};
+  };
+  const auto refuse = [](const Arrays&, const Arrays&, const Arrays&) -> Arrays { throw no_gradient_through_cache(); };
+  const Arrays outputs = mx::custom_vjp(attend, refuse)(node_inputs(call));
+  return {outputs[0], outputs[1]};
+}
+
 KVCacheOutputs attention_with_kvcache(const AttentionCall& call) {
   const mx::StreamContext context(call.stream);
   const OptionalInputs& optional = call.optional;
@@ -213,8 +225,7 @@ KVCacheOutputs attention_with_kvcache(const AttentionCall& call) {
   after.v = v_parts[0];
   if (k_parts.size() > 1) after.optional.k_scales = k_parts[1], after.optional.v_scales = v_parts[1];
   if (k_parts.size() > 2) after.optional.k_biases = k_parts[2], after.optional.v_biases = v_parts[2];
-  const Result result = attention(after);
-  return {{result.out, result.lse}, cache_arrays(after)};
+  return {attention_over_cache(after), cache_arrays(after)};
 }
 
 }  // namespace flash_attn::reference
