@@ -49,4 +49,5 @@ class Ceilings:
     @property
     def fma_gflops(self) -> float:
         """float32 multiply-adds at the level in use: what every percentage in the report divides by."""
-        return self.gflops[self.level.removesuffix("_bf16")]
+        vectors = self.level.split("_")[0]  # _bf16 and _amx say what multiplies in 16 bits
+        return self.gflops[vectors]

@@ -146,3 +146,12 @@ def test_a_decode_target_compares_with_pytorch_shape_by_shape(targets):
 def test_an_append_may_cost_a_fifth_and_20_microseconds_more_in_a_large_cache(targets, large, verdict):
     (found,) = [t for t in targets.evaluate_decode([], {"1024": 100.0, "131072": large}) if t.what.startswith("append")]
     assert found.verdict == verdict
+
+
+@pytest.mark.parametrize("level", ["avx512_amx", "avx512_bf16", "avx512", "avx2", "neon", "baseline"])
+def test_every_level_has_a_float32_ceiling(monkeypatch, level):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    ceilings = importlib.import_module("ceilings")
+    measured = {"baseline": 1.0, "neon": 2.0, "avx2": 3.0, "avx512": 4.0, "avx512_bf16": 5.0}
+    vectors = "avx512" if level.startswith("avx512") else level
+    assert ceilings.Ceilings(Path(), threads=1, level=level, gflops=measured).fma_gflops == measured[vectors]
