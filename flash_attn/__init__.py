@@ -14,6 +14,8 @@ from .flash_attn_mlx import (
     flash_attn_varlen_kvpacked_func,
     flash_attn_varlen_qkvpacked_func,
     flash_attn_with_kvcache,
+    update_paged_kv_cache,
+    validate_paged_kv_params,
 )
 from .flash_attn_mlx._build_info import VERSION as __version__
 
@@ -30,6 +32,8 @@ __all__ = [
     "flash_attn_varlen_kvpacked_func",
     "flash_attn_varlen_qkvpacked_func",
     "flash_attn_with_kvcache",
+    "validate_paged_kv_params",
+    "update_paged_kv_cache",
     "OutOfPages",
     "PagedKVCache",
 ]

@@ -13,6 +13,7 @@ import mlx.core as mx
 
 from . import _build_info, _core
 from .interface import flash_attn_func, flash_attn_varlen_func
+from .kvcache import flash_attn_with_kvcache
 
 _CPU = mx.Device(mx.cpu)
 
@@ -104,8 +105,29 @@ def _cases() -> Iterator[tuple[str, tuple[int, ...], tuple[int, ...], Attention]
     yield "varlen, causal", (60, 2, 64), (60, 2, 64), varlen
 
 
+def _decode_step(dtype: mx.Dtype) -> list[mx.array]:
+    """out and both caches after two tokens are rotated, appended to pages in no order, and attended."""
+    batch, new, heads, heads_k, dim, page_size, blocks = 2, 2, 4, 2, 64, 16, 4
+    keys = iter(mx.random.split(mx.random.key(8), 7))
+
+    def normal(*shape: int) -> mx.array:
+        return mx.random.normal(shape, dtype, key=next(keys), stream=_CPU)
+
+    k_cache, v_cache = (normal(batch * blocks, page_size, heads_k, dim) for _ in range(2))
+    k, v = (normal(batch, new, heads_k, dim) for _ in range(2))
+    cos, sin = (normal(blocks * page_size, dim // 2) for _ in range(2))
+    pages = mx.array([[6, 1, 3, 0], [2, 7, 5, 4]], mx.int32)
+    lengths = mx.array([15, 40], mx.int32)
+    out = flash_attn_with_kvcache(
+        normal(batch, new, heads, dim), k_cache, v_cache, k, v, cos, sin, lengths, block_table=pages, causal=True, stream=_CPU
+    )
+    results = [out, k_cache, v_cache]
+    mx.eval(results)
+    return results
+
+
 def _self_test() -> dict[str, float]:
-    """Forward and backward of small calls in every dtype: the kernels against the composed reference."""
+    """Small calls in every dtype, forward and backward, and a step of decoding: the kernels against the composed reference."""
     errors = {}
     for dtype, (out_tolerance, gradient_tolerance) in _TOLERANCE.items():
         for name, q_shape, k_shape, attention in _cases():
@@ -123,6 +145,13 @@ def _self_test() -> dict[str, float]:
                 _relative_error(got, expected) / tolerance
                 for got, expected, tolerance in zip(ours, truth, tolerances, strict=True)
             )
+        with _routed_to("kernel"):
+            ours = _decode_step(dtype)
+        with _routed_to("reference"):
+            truth = _decode_step(dtype)
+        errors[f"paged decode, {str(dtype).removeprefix('mlx.core.')}"] = max(
+            _relative_error(got, expected) / out_tolerance for got, expected in zip(ours, truth, strict=True)
+        )
     return errors
 
 

@@ -125,6 +125,22 @@ class PagedKVCache:
         self._k_scales = tuple(self._core.k_scales())
         self._v_scales = tuple(self._core.v_scales())
 
+    @classmethod
+    def create(
+        cls,
+        num_pages: int,
+        page_size: int,
+        kv_heads: int,
+        head_dim: int,
+        head_dim_v: int | None = None,
+        dtype: mx.Dtype = mx.float16,
+        *,
+        layers: int = 1,
+        stream: mx.Stream | mx.Device | mx.DeviceType | None = None,
+    ) -> PagedKVCache:
+        """The constructor, under the name that says what it costs: it makes the arrays of all pages."""
+        return cls(num_pages, page_size, kv_heads, head_dim, head_dim_v, dtype, layers=layers, stream=stream)
+
     # ---- arrays
 
     @property
