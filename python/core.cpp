@@ -95,11 +95,11 @@ void bind_kvcache_arguments(nb::module_& module) {
   nb::class_<KVCacheArguments>(module, "KVCacheArguments")
       .def(
           "__init__",
-          [](KVCacheArguments* self, std::optional<mx::array> k, std::optional<mx::array> v, std::optional<mx::array> rotary_cos,
-             std::optional<mx::array> rotary_sin, bool rotary_interleaved, std::optional<mx::array> cache_seqlens,
-             std::optional<mx::array> cache_batch_idx, std::optional<mx::array> cache_leftpad,
-             std::optional<mx::array> cu_seqlens_q, std::optional<int> max_seqlen_q, std::optional<mx::array> cu_seqlens_k_new,
-             std::optional<mx::array> rotary_seqlens) {
+          [](KVCacheArguments* self, std::optional<mx::array> k, std::optional<mx::array> v,
+             std::optional<mx::array> rotary_cos, std::optional<mx::array> rotary_sin, bool rotary_interleaved,
+             std::optional<mx::array> cache_seqlens, std::optional<mx::array> cache_batch_idx,
+             std::optional<mx::array> cache_leftpad, std::optional<mx::array> cu_seqlens_q, std::optional<int> max_seqlen_q,
+             std::optional<mx::array> cu_seqlens_k_new, std::optional<mx::array> rotary_seqlens) {
             new (self) KVCacheArguments{.k = std::move(k),
                                         .v = std::move(v),
                                         .rotary_cos = std::move(rotary_cos),
@@ -125,7 +125,8 @@ void bind_kvcache(nb::module_& module) {
       "flash_attn_with_kvcache",
       [](const mx::array& q, mx::array& k, mx::array* k_scales, mx::array* k_biases, mx::array& v, mx::array* v_scales,
          mx::array* v_biases, const KVCacheArguments& arguments, const AttentionOptions& options) {
-        return tuple_of(flash_attn::flash_attn_with_kvcache(q, {k, k_scales, k_biases}, {v, v_scales, v_biases}, arguments, options));
+        return tuple_of(
+            flash_attn::flash_attn_with_kvcache(q, {k, k_scales, k_biases}, {v, v_scales, v_biases}, arguments, options));
       },
       nb::arg(), nb::arg(), nb::arg().none(), nb::arg().none(), nb::arg(), nb::arg().none(), nb::arg().none(), nb::arg(),
       nb::arg());

@@ -35,8 +35,8 @@ std::vector<NewRows> new_rows(const AttentionProblem& problem, const AttentionIn
     const std::int32_t first_slot = keys_in_cache(problem, inputs, batch);
     Extent rows = new_keys_of(problem, inputs, batch);
     rows.length = std::min(rows.length, problem.key_capacity() - first_slot);
-    sequences.push_back({inputs.cache.cu_seqlens_new ? 0 : batch, cache_row, first_slot, rows,
-                         rotary_base(problem, inputs, rotary, batch)});
+    sequences.push_back(
+        {inputs.cache.cu_seqlens_new ? 0 : batch, cache_row, first_slot, rows, rotary_base(problem, inputs, rotary, batch)});
   }
   return sequences;
 }
@@ -47,8 +47,8 @@ void append(const AttentionProblem& problem, const AttentionInputs& inputs, cons
             const WritableCache& cache) {
   const Kernels& level = kernels();
   const std::vector<NewRows> sequences = new_rows(problem, inputs, rotary);
-  const AppendPass pass = {&problem, &inputs, &new_keys, &rotary, &cache, sequences.data(),
-                           static_cast<std::int32_t>(sequences.size())};
+  const AppendPass pass = {
+      &problem, &inputs, &new_keys, &rotary, &cache, sequences.data(), static_cast<std::int32_t>(sequences.size())};
   std::int64_t elements = 0;
   for (const NewRows& sequence : sequences) {
     elements += std::int64_t{sequence.rows.length} * problem.heads_k * (problem.head_dim + problem.head_dim_v);

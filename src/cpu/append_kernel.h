@@ -92,8 +92,8 @@ inline void rotate_rows(const RotatePass& pass, const RotateTask& task) {
   float row[max_head_dim_of_tensor];
   for (std::int32_t i = 0; i < task.rows.length; ++i) {
     read_row(q.dtype, element(q.data, q.dtype, offset(q.strides, i)), q.strides.dim, problem.head_dim, row);
-    const std::int32_t position = rotary_position_of_query(task.rotary_base, i, problem.causal, problem.window_left,
-                                                           problem.window_right);
+    const std::int32_t position =
+        rotary_position_of_query(task.rotary_base, i, problem.causal, problem.window_left, problem.window_right);
     rotate_row(problem, *pass.rotary, position, row);
     write_row(rotated.dtype, element(rotated.data, rotated.dtype, offset(rotated.strides, i)), rotated.strides.dim,
               problem.head_dim, row);

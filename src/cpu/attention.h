@@ -49,8 +49,8 @@ struct MaskTensor {
   std::int64_t key = 0;
 };
 
-/// What turns the codes of a quantised tensor into numbers. int8: a float32 scale a row of a head. affine8, affine4: a scale and a
-/// bias per group of head dims, in `dtype`; the tensor's own strides count 32-bit words.
+/// What turns the codes of a quantised tensor into numbers. int8: a float32 scale a row of a head. affine8, affine4: a scale
+/// and a bias per group of head dims, in `dtype`; the tensor's own strides count 32-bit words.
 template <class Pointer>
 struct QuantizationOf {
   Pointer scales = nullptr;  // null: not quantised
@@ -63,10 +63,10 @@ using Quantization = QuantizationOf<void*>;
 
 /// Where a cache keeps the keys of a sequence. Null where the call does not use them; contiguous.
 struct KeyCache {
-  const std::int32_t* block_table = nullptr;      // [table_rows, table_blocks]
-  const std::int32_t* batch_idx = nullptr;        // [batch]: row of the cache, or of the table
-  const std::int32_t* leftpad = nullptr;          // [batch]: slots before the first key
-  const std::int32_t* cu_seqlens_new = nullptr;   // [batch + 1]: packed new keys
+  const std::int32_t* block_table = nullptr;     // [table_rows, table_blocks]
+  const std::int32_t* batch_idx = nullptr;       // [batch]: row of the cache, or of the table
+  const std::int32_t* leftpad = nullptr;         // [batch]: slots before the first key
+  const std::int32_t* cu_seqlens_new = nullptr;  // [batch + 1]: packed new keys
   ConstQuantization k, v;
 };
 
@@ -82,8 +82,8 @@ struct AttentionInputs {
   const float* learnable_sink = nullptr;       // [heads_q]
   const std::int32_t* cu_seqlens_q = nullptr;  // [batch + 1], varlen
   const std::int32_t* cu_seqlens_k = nullptr;
-  const std::int32_t* seqused_q = nullptr;  // [batch]
-  const std::int32_t* seqused_k = nullptr;  // with a cache: the keys in it before new ones are appended
+  const std::int32_t* seqused_q = nullptr;     // [batch]
+  const std::int32_t* seqused_k = nullptr;     // with a cache: the keys in it before new ones are appended
   const std::uint32_t* dropout_key = nullptr;  // [2]
 };
 

@@ -92,8 +92,7 @@ FA_INLINE Vec from_uint4(const char* p) {
   __builtin_memcpy(&low, p, lanes / 2);
   const std::uint64_t __attribute__((vector_size(16))) words = {low, 0};
   const auto pairs = reinterpret_cast<Bytes>(words);
-  const Bytes codes =
-      __builtin_shufflevector(pairs & 15, pairs >> 4, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+  const Bytes codes = __builtin_shufflevector(pairs & 15, pairs >> 4, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
   return from_uint8(reinterpret_cast<const char*>(&codes));
 }
 

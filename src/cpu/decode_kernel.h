@@ -156,8 +156,8 @@ inline void softmax_of_panel(const AttentionProblem& problem, const AttentionInp
 inline void softmax_block(const DecodePass& pass, const Unit& unit, const KeySlots& keys, const ScoreSteps& steps,
                           DecodeState& state) {
   const AttentionProblem& problem = *pass.problem;
-  const ScoreContext context = {&problem,        pass.inputs,                      &unit,  ScoreScale(problem),
-                                state.mask_rows, round_up(decode_block, lanes), nullptr};
+  const ScoreContext context = {
+      &problem, pass.inputs, &unit, ScoreScale(problem), state.mask_rows, round_up(decode_block, lanes), nullptr};
   for (int i = 0; i < state.panel_count; ++i) {
     const RowPanel& panel = state.panels[i];
     const ScoreTile tile = {state.scores + i * panel_rows, state.sizes.score_stride, keys.count, keys.begin};

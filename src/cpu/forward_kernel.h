@@ -15,7 +15,7 @@
 namespace flash_attn::cpu::FA_LEVEL {
 namespace {
 
-constexpr int task_panels = 4;            // panels of rows that share a key block while it is in cache
+constexpr int task_panels = 4;  // panels of rows that share a key block while it is in cache
 
 // Key blocks are a multiple of this; a score tile may compute this many keys past the end, whose scores are ignored.
 constexpr int forward_key_tile = FA_BFLOAT16_TILES ? 2 * matrix_tile : tile_keys;
@@ -149,9 +149,8 @@ inline void forward_rows(const ForwardPass& pass, const ForwardTask& task, float
     fetch_queries(problem, inputs, unit, panel);
     state.q_transposed = take(std::int64_t{panel_rows} * row_floats(problem.scored_dims()));
     state.o = take(std::int64_t{panel_rows} * dims_v);
-    pack_transposed<Operand>(panel, problem.scored_dims(), state.q_transposed, [&](int lane, float* row) {
-      return view_query(inputs, problem, unit, panel, lane, row);
-    });
+    pack_transposed<Operand>(panel, problem.scored_dims(), state.q_transposed,
+                             [&](int lane, float* row) { return view_query(inputs, problem, unit, panel, lane, row); });
     start_softmax(panel, task.is_first ? inputs.learnable_sink : nullptr, state.softmax);
     std::memset(state.o, 0, sizeof(float) * static_cast<std::size_t>(panel.width() * dims_v));
     some = {min_of(some.begin, panel.some.begin), max_of(some.end, panel.some.end)};
@@ -183,8 +182,8 @@ inline void forward_rows(const ForwardPass& pass, const ForwardTask& task, float
     }
   }
   for (int i = 0; i < panel_count; ++i) {
-    finish_panel(problem, *pass.outputs, unit, panels[i], states[i].softmax, task.row_begin + i * panel_rows, states[i].o, dims_v,
-                 task.partial);
+    finish_panel(problem, *pass.outputs, unit, panels[i], states[i].softmax, task.row_begin + i * panel_rows, states[i].o,
+                 dims_v, task.partial);
   }
 }
 

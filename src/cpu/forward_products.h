@@ -8,8 +8,8 @@
 namespace flash_attn::cpu::FA_LEVEL {
 namespace {
 
-// Keys of a tile that some row of each vector sees, counted from the tile's first key. At the edge of what is visible a tile is a
-// staircase: vectors that see none of a few keys are left out.
+// Keys of a tile that some row of each vector sees, counted from the tile's first key. At the edge of what is visible a tile is
+// a staircase: vectors that see none of a few keys are left out.
 template <int N>
 struct Staircase {
   KeyRange vector[N];
@@ -89,8 +89,8 @@ template <class Operand>
 struct ForwardProducts {
   struct Unit {};  // what a thread holds while it multiplies
 
-  // S^T [keys][stride] = scale K [keys][dim words] Q^T [dim words][N vectors]. Scores of a tile's last keys may be of keys past the
-  // end.
+  // S^T [keys][stride] = scale K [keys][dim words] Q^T [dim words][N vectors]. Scores of a tile's last keys may be of keys past
+  // the end.
   template <int N>
   static FA_INLINE void scores(const float* k, int dim_words, const float* q_transposed, int keys, float scale,
                                const Staircase<N>& steps, float* scores, std::int64_t stride) {
@@ -99,8 +99,8 @@ struct ForwardProducts {
 
   // O [rows][dims] = alpha O + P V, P [keys][N vectors] of which `keys` count, V [dim panels][key words][dim_panel]; P is lost.
   template <int N>
-  static FA_INLINE void values(float* p, int keys, const float* v, std::int64_t v_panel_stride, int panels_v, const float* alpha,
-                               const Staircase<N>& steps, float* o, float*) {
+  static FA_INLINE void values(float* p, int keys, const float* v, std::int64_t v_panel_stride, int panels_v,
+                               const float* alpha, const Staircase<N>& steps, float* o, float*) {
     const float* words_of_p = pack_along_keys<Operand>(p, N * lanes, keys, p);
     value_product<Operand, N>(words_of_p, v, v_panel_stride, panels_v, alpha, steps, o);
   }

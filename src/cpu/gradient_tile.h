@@ -60,7 +60,8 @@ inline void panel_gradients(const BackwardPass& pass, const ScoreSteps& steps, c
   const GradientTile tile = {{buffers.scores + first, row_block, count, keys.begin + begin},
                              buffers.gradients + first,
                              softcap ? buffers.derivative + first : nullptr};
-  const ScoreContext context = {pass.problem, pass.inputs, nullptr, ScoreScale(problem), buffers.mask_rows, keys.size, tile.softcap_derivative};
+  const ScoreContext context = {pass.problem,           pass.inputs, nullptr, ScoreScale(problem), buffers.mask_rows, keys.size,
+                                tile.softcap_derivative};
   const int dim_words = words<Operand>(problem.head_dim);
   const int dim_v_words = words<Operand>(problem.head_dim_v);
   score_product<Operand, N>(buffers.k_rows + std::int64_t{begin} * dim_words, dim_words,

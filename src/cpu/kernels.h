@@ -122,9 +122,9 @@ struct Kernels {
   const char* name;
 
   // Tile shape, for whoever sizes buffers.
-  std::int32_t panel_rows;  // query rows in the lanes of a score panel
+  std::int32_t panel_rows;        // query rows in the lanes of a score panel
   std::int32_t forward_key_tile;  // a key block of forward is a multiple
-  std::int32_t row_block;   // packed rows in a row block of backward
+  std::int32_t row_block;         // packed rows in a row block of backward
 
   std::int64_t (*packed_block_size)(const AttentionProblem& problem, std::int32_t key_block);
   void (*pack_keys_values)(const ForwardPass& pass, const Unit& unit, std::int32_t block, float* packed);

@@ -52,7 +52,8 @@ template <class Operand>
 inline void pack_key_rows(const AttentionProblem& problem, const KeyReader& reader, KeyBlock keys,
                           const KeyBlockBuffers& buffers) {
   pack_rows<Operand>(keys, problem.head_dim, buffers.k_rows, [&](int key, float* row) { return reader.view_key(key, row); });
-  pack_rows<Operand>(keys, problem.head_dim_v, buffers.v_rows, [&](int key, float* row) { return reader.view_value(key, row); });
+  pack_rows<Operand>(keys, problem.head_dim_v, buffers.v_rows,
+                     [&](int key, float* row) { return reader.view_value(key, row); });
 }
 
 template <class Operand>

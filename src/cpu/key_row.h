@@ -94,8 +94,7 @@ class KeyRow<DType::int8> {
 };
 
 template <DType dtype>
-  requires(dtype == DType::affine8 || dtype == DType::affine4)
-class KeyRow<dtype> {
+requires(dtype == DType::affine8 || dtype == DType::affine4) class KeyRow<dtype> {
  public:
   static constexpr bool has_tail = false;  // whole groups only
 

@@ -24,10 +24,9 @@ using BackwardBfloat16 = Float32Operand;
 #endif
 
 // The kernel of the operand that suits a pass. The numbers of a quantised cache are not bfloat16.
-#define FA_CHOOSE_OPERAND(kernel, of_bfloat16, pass, ...)                                   \
-  ((pass).problem->dtype == DType::bfloat16 && !(pass).inputs->cache.k.scales               \
-       ? kernel<of_bfloat16>(__VA_ARGS__)                                                   \
-       : kernel<Float32Operand>(__VA_ARGS__))
+#define FA_CHOOSE_OPERAND(kernel, of_bfloat16, pass, ...)                                                        \
+  ((pass).problem->dtype == DType::bfloat16 && !(pass).inputs->cache.k.scales ? kernel<of_bfloat16>(__VA_ARGS__) \
+                                                                              : kernel<Float32Operand>(__VA_ARGS__))
 
 void run_pack_keys_values(const ForwardPass& pass, const Unit& unit, std::int32_t block, float* packed) {
   FA_CHOOSE_OPERAND(pack_keys_values, ForwardBfloat16, pass, pass, unit, block, packed);

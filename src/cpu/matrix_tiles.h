@@ -55,8 +55,8 @@ FA_INLINE void multiply_add_tiles() {
   asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(c), "i"(a), "i"(b));
 }
 
-// C [M tiles][N tiles] += A [M tiles][depth tiles] B [depth tiles][N tiles], or = where C is not to be read. Strides from row to
-// row, in floats.
+// C [M tiles][N tiles] += A [M tiles][depth tiles] B [depth tiles][N tiles], or = where C is not to be read. Strides from row
+// to row, in floats.
 template <int M, int N>
 FA_INLINE void multiply_tiles(bool add, float* c, std::int64_t c_stride, const float* a, std::int64_t a_stride, const float* b,
                               std::int64_t b_stride, int depth) {

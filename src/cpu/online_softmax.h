@@ -70,8 +70,8 @@ inline RowEnd end_of_row(const AttentionProblem& problem, const SoftmaxState& st
 }
 
 // A finished row, dims padded to whole vectors, to the caller's arrays.
-inline void write_result(const AttentionProblem& problem, const ForwardOutputs& outputs, const RowPanel& panel, const Unit& unit,
-                         int lane, const float* row, float lse_log2) {
+inline void write_result(const AttentionProblem& problem, const ForwardOutputs& outputs, const RowPanel& panel,
+                         const Unit& unit, int lane, const float* row, float lse_log2) {
   const Tensor& out = outputs.out;
   write_row(out.dtype, element(out.data, out.dtype, panel.offset(unit, out.strides, lane)), out.strides.dim, problem.head_dim_v,
             row);
@@ -81,8 +81,9 @@ inline void write_result(const AttentionProblem& problem, const ForwardOutputs& 
 inline std::int64_t partial_row_size(const AttentionProblem& problem) { return round_up(problem.head_dim_v, lanes); }
 
 // O / l and lse of a panel, the first row of which is `row` of its unit: to the caller, or to a partial result.
-inline void finish_panel(const AttentionProblem& problem, const ForwardOutputs& outputs, const Unit& unit, const RowPanel& panel,
-                         const SoftmaxState& state, int row, float* o, std::int64_t o_stride, const Partial& partial) {
+inline void finish_panel(const AttentionProblem& problem, const ForwardOutputs& outputs, const Unit& unit,
+                         const RowPanel& panel, const SoftmaxState& state, int row, float* o, std::int64_t o_stride,
+                         const Partial& partial) {
   const std::int64_t size = partial_row_size(problem);
   for (int lane = 0; lane < panel.rows; ++lane, o += o_stride) {
     const RowEnd end = end_of_row(problem, state, lane);

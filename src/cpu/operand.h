@@ -1,8 +1,8 @@
 // What a packed operand of a product holds in each 32-bit word, and how two words multiply.
 //
 // Float32Operand: one float32. Bfloat16Operand: two bfloat16 neighbours along the product's depth, for chips whose dot product
-// takes pairs. MatrixOperand: the same, in whole tiles of a matrix unit. Everything else (layouts, loops) is the same: a word is a
-// word, and the depth is counted in words.
+// takes pairs. MatrixOperand: the same, in whole tiles of a matrix unit. Everything else (layouts, loops) is the same: a word
+// is a word, and the depth is counted in words.
 #pragma once
 
 #include "cpu/convert.h"
@@ -38,8 +38,8 @@ struct Bfloat16Operand {
   static FA_INLINE Vec word(const Vec (&neighbours)[per_word]) {
 #if defined(__AVX512BF16__) && FA_VECTOR_BYTES == 64
     const auto halves = reinterpret_cast<Shorts>(_mm512_cvtne2ps_pbh(neighbours[1], neighbours[0]));
-    return reinterpret_cast<Vec>(__builtin_shufflevector(halves, halves, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23, 8,
-                                                         24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31));
+    return reinterpret_cast<Vec>(__builtin_shufflevector(halves, halves, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23,
+                                                         8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31));
 #endif
     return from_bits(reinterpret_cast<IVec>((rounded(neighbours[0]) >> 16) | (rounded(neighbours[1]) & 0xffff0000u)));
   }
@@ -61,7 +61,7 @@ struct MatrixOperand : Bfloat16Operand {
 
 // Neighbours that a depth is a multiple of.
 template <class Operand>
-constexpr int depth_granule = Operand::per_word * Operand::word_granule;
+constexpr int depth_granule = Operand::per_word* Operand::word_granule;
 
 template <class Operand>
 constexpr int words(int depth) {

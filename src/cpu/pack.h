@@ -86,20 +86,16 @@ inline void pack_transposed(const RowPanel& panel, const Unit& unit, const Const
   });
 }
 
-// The keys of a unit of one kv head, as a packed block reads them. A slot that no query of the sequence sees, or whose page does
-// not exist, reads as 0, so that 0 * NaN cannot leave it.
+// The keys of a unit of one kv head, as a packed block reads them. A slot that no query of the sequence sees, or whose page
+// does not exist, reads as 0, so that 0 * NaN cannot leave it.
 class KeyReader {
  public:
   KeyReader(const AttentionProblem& problem, const AttentionInputs& inputs, const Unit& unit)
       : problem_(problem), inputs_(inputs), unit_(unit), seen_(visible_keys_of_rows(unit.rule, 0, unit.rule.seqlen_q)) {}
 
   // In float32, zeros up to a whole panel: the row itself where it is that already, else in `buffer`.
-  const float* view_key(std::int32_t key, float* buffer) const {
-    return view(keys_of(problem_, inputs_), key, buffer);
-  }
-  const float* view_value(std::int32_t key, float* buffer) const {
-    return view(values_of(problem_, inputs_), key, buffer);
-  }
+  const float* view_key(std::int32_t key, float* buffer) const { return view(keys_of(problem_, inputs_), key, buffer); }
+  const float* view_value(std::int32_t key, float* buffer) const { return view(values_of(problem_, inputs_), key, buffer); }
   // The row as it lies, when it already is what pack_row<Operand> would make of it but for the zeros at its end.
   template <class Operand>
   const char* words_of_key(std::int32_t key) const {

@@ -1,5 +1,5 @@
-// One line of tasks, unit after unit: the keys of a unit are packed while the rows of the one before are computed, so that they are
-// read from cache, and the threads meet nowhere until the end.
+// One line of tasks, unit after unit: the keys of a unit are packed while the rows of the one before are computed, so that they
+// are read from cache, and the threads meet nowhere until the end.
 //
 //   pack unit 0 | pack unit 1 | rows of unit 0 | pack unit 2 | rows of unit 1 | ..
 //
@@ -17,8 +17,8 @@
 namespace flash_attn::cpu {
 namespace {
 
-// Units whose packed keys exist at a time: one is read, one is packed, and a third keeps slow threads from holding up fast ones,
-// where it is small.
+// Units whose packed keys exist at a time: one is read, one is packed, and a third keeps slow threads from holding up fast
+// ones, where it is small.
 constexpr std::int64_t third_unit_limit = std::int64_t{4} << 20;  // floats of a unit
 
 struct RowRange {
@@ -116,9 +116,7 @@ class Pipeline {
     }
   }
 
-  float* packed_keys(std::size_t unit) const {
-    return packed_.get() + static_cast<std::int64_t>(unit % slots_) * slot_size_;
-  }
+  float* packed_keys(std::size_t unit) const { return packed_.get() + static_cast<std::int64_t>(unit % slots_) * slot_size_; }
 
   void pack(const Task& task) {
     if (task.unit >= slots_) {  // the unit whose place this one takes

@@ -66,8 +66,8 @@ inline void score_product(const float* k, int dim_words, const float* q_transpos
                           std::int64_t stride) {
   constexpr int M = score_keys<N>;
   for (int key = 0; key < keys; key += M) {
-    score_tile<Operand, M, N>(k + std::int64_t{key} * dim_words, dim_words, q_transposed, N * lanes, scale, scores + key * stride,
-                              stride);
+    score_tile<Operand, M, N>(k + std::int64_t{key} * dim_words, dim_words, q_transposed, N * lanes, scale,
+                              scores + key * stride, stride);
   }
 }
 

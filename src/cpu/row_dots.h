@@ -76,8 +76,8 @@ FA_INLINE void dots_tile(const KeyRow<dtype>* keys, const float* q, std::int64_t
 constexpr int walk_keys = 6;
 
 template <DType dtype, int M>
-inline void dots(const KeyRow<dtype>* keys, const float* q, std::int64_t q_stride, int dim, float scale, bool add, float* scores,
-                 std::int64_t stride) {
+inline void dots(const KeyRow<dtype>* keys, const float* q, std::int64_t q_stride, int dim, float scale, bool add,
+                 float* scores, std::int64_t stride) {
   for (int key = 0; key < walk_keys; key += dot_keys<M>) {
     dots_tile<dtype, dot_keys<M>, M>(keys + key, q, q_stride, dim, scale, add, scores + key * stride, stride);
   }

@@ -31,8 +31,8 @@ struct RowPanel {
   // Keys that each row sees; (0, 0) when none.
   std::int32_t key_begin[panel_rows];
   std::int32_t key_end[panel_rows];
-  KeyRange some;  // keys that a row sees lie in here
-  KeyRange all;   // keys in here are seen by every row
+  KeyRange some;                           // keys that a row sees lie in here
+  KeyRange all;                            // keys in here are seen by every row
   KeyRange some_of_vector[panel_vectors];  // as `some`, of the rows in one vector
 
   float diagonal[panel_rows];    // key position on the row's diagonal, for ALiBi

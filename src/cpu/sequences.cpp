@@ -53,9 +53,8 @@ std::vector<Sequence> sequences_of(const AttentionProblem& problem, const Attent
   Sequence previous = {};
   for (std::int32_t batch = 0; batch < problem.batch; ++batch) {
     const Extent rows = extent_of(q, batch, previous.q.begin + previous.q.length);
-    const Sequence sequence = problem.cached
-                                  ? cached_sequence(problem, inputs, batch, rows)
-                                  : Sequence{rows, extent_of(k, batch, previous.k.begin + previous.k.length), batch};
+    const Sequence sequence = problem.cached ? cached_sequence(problem, inputs, batch, rows)
+                                             : Sequence{rows, extent_of(k, batch, previous.k.begin + previous.k.length), batch};
     sequences.push_back(sequence);
     previous = sequence;
   }
@@ -69,7 +68,8 @@ std::vector<Unit> units_of(const AttentionProblem& problem, const std::vector<Se
     const Sequence& sequence = sequences[batch];
     const MaskRule rule = problem.mask_rule(sequence.q.length, sequence.k.length);
     for (std::int32_t kv_head = 0; kv_head < problem.heads_k; ++kv_head) {
-      units.push_back({static_cast<std::int32_t>(batch), kv_head, 1, kv_head * problem.group(), problem.group(), sequence, rule});
+      units.push_back(
+          {static_cast<std::int32_t>(batch), kv_head, 1, kv_head * problem.group(), problem.group(), sequence, rule});
     }
   }
   return units;

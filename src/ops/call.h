@@ -26,11 +26,11 @@ struct OptionalInputs {
 
   // Keys in a cache. int8: scales float32, k's shape without its last axis. MLX's triple: scales and biases per group.
   std::optional<mx::array> k_scales, k_biases, v_scales, v_biases;
-  std::optional<mx::array> qv;               // q's shape with head_dim_v; elsewhere qv is joined to q
-  std::optional<mx::array> block_table;      // int32 (table rows, blocks)
-  std::optional<mx::array> cache_batch_idx;  // int32 (batch,)
-  std::optional<mx::array> cache_leftpad;    // int32 (batch,)
-  std::optional<mx::array> k_new, v_new;     // (batch, seqlen_new, heads_k, dim), or packed (total_new, heads_k, dim)
+  std::optional<mx::array> qv;                      // q's shape with head_dim_v; elsewhere qv is joined to q
+  std::optional<mx::array> block_table;             // int32 (table rows, blocks)
+  std::optional<mx::array> cache_batch_idx;         // int32 (batch,)
+  std::optional<mx::array> cache_leftpad;           // int32 (batch,)
+  std::optional<mx::array> k_new, v_new;            // (batch, seqlen_new, heads_k, dim), or packed (total_new, heads_k, dim)
   std::optional<mx::array> cu_seqlens_k_new;        // int32 (batch + 1,)
   std::optional<mx::array> rotary_cos, rotary_sin;  // (rows, rotary_dim / 2)
   std::optional<mx::array> rotary_seqlens;          // int32 (batch,)

@@ -47,7 +47,8 @@ void check_triple(const CacheTensor& cache, int dim) {
   require_shape(cache.name + " biases", *cache.biases, groups, "that of the scales");
   const int words = cache.data.shape(-1);
   if (words * 4 != dim && words * 8 != dim) {
-    fail_shape(cache.name, cache.data, text(dim / 4, " words of 8-bit codes or ", dim / 8, " words of 4-bit codes along its last axis"));
+    fail_shape(cache.name, cache.data,
+               text(dim / 4, " words of 8-bit codes or ", dim / 8, " words of 4-bit codes along its last axis"));
   }
 }
 
@@ -83,7 +84,8 @@ void check_rotary(const AttentionProblem& problem, const mx::array& q, const Opt
   }
   const std::int64_t rotary_dim = 2 * std::int64_t{cos.shape(1)};
   if (rotary_dim == 0 || rotary_dim % 16 != 0 || rotary_dim > problem.head_dim) {
-    fail_shape("rotary_cos", cos, text("a rotary dim, twice its last axis, that is a multiple of 16 and at most ", problem.head_dim));
+    fail_shape("rotary_cos", cos,
+               text("a rotary dim, twice its last axis, that is a multiple of 16 and at most ", problem.head_dim));
   }
   if (cos.shape(0) < problem.key_capacity() || cos.shape(0) < 1) {
     fail_shape("rotary_cos", cos, text("a row for each of the ", problem.key_capacity(), " slots of a sequence"));
@@ -107,16 +109,17 @@ void check_blocks(const AttentionProblem& problem, const std::vector<std::int32_
     const bool is_written = first_new_slot < used_slots && block >= first_new_slot / problem.page_size;
     if (page == -1 && !is_written) continue;
     if (page < 0 || page >= problem.cache_rows) {
-      fail<std::invalid_argument>("block_table", text("page ", page, " for block ", block, " of sequence ", batch),
-                                  text("0 to ", problem.cache_rows - 1, is_written ? " where tokens are appended" : ", or -1 for none"));
+      fail<std::invalid_argument>(
+          "block_table", text("page ", page, " for block ", block, " of sequence ", batch),
+          text("0 to ", problem.cache_rows - 1, is_written ? " where tokens are appended" : ", or -1 for none"));
     }
   }
 }
 
 }  // namespace
 
-void check_cached_tensors(const mx::array& q, const mx::array& k, const mx::array& v, const OptionalInputs& optional, bool varlen,
-                          const ArgumentNames& names) {
+void check_cached_tensors(const mx::array& q, const mx::array& k, const mx::array& v, const OptionalInputs& optional,
+                          bool varlen, const ArgumentNames& names) {
   require_rank(names.q, q, varlen ? 3 : 4, varlen ? "(total_q, heads, head_dim)" : "(batch, seqlen_q, heads, head_dim)");
   const char* layout = optional.block_table ? "(pages, page_size, heads_k, dim)" : "(rows, capacity, heads_k, dim)";
   require_rank(names.k, k, 4, layout);
@@ -168,13 +171,15 @@ void check_new_keys(const AttentionProblem& problem, const mx::array& q, const O
   if (!optional.k_new || !optional.v_new) {
     fail<std::invalid_argument>(optional.k_new ? names.v_new : names.k_new, "none", "both or neither");
   }
-  if (!optional.seqused_k) fail<std::invalid_argument>("cache_seqlens", "none", "the lengths behind which k and v are appended");
+  if (!optional.seqused_k)
+    fail<std::invalid_argument>("cache_seqlens", "none", "the lengths behind which k and v are appended");
   const mx::array& k_new = *optional.k_new;
   const bool packed = optional.cu_seqlens_k_new.has_value();
   const char* layout = packed ? "(total_new, heads_k, dim)" : "(batch, seqlen_new, heads_k, dim)";
   require_rank(names.k_new, k_new, packed ? 3 : 4, layout);
   const auto shape = [&](int dim) {
-    return packed ? mx::Shape{k_new.shape(0), problem.heads_k, dim} : mx::Shape{problem.batch, k_new.shape(1), problem.heads_k, dim};
+    return packed ? mx::Shape{k_new.shape(0), problem.heads_k, dim}
+                  : mx::Shape{problem.batch, k_new.shape(1), problem.heads_k, dim};
   };
   require_dtype(names.k_new, k_new, q.dtype());
   require_dtype(names.v_new, *optional.v_new, q.dtype());
@@ -188,7 +193,8 @@ void check_new_keys(const AttentionProblem& problem, const mx::array& q, const O
   }
   // Upstream's bound on queries when keys are appended.
   if (!problem.varlen && problem.max_seqlen_q > problem.key_capacity() && problem.batch > 0) {
-    fail_shape("q", q, text("at most ", problem.key_capacity(), " queries a sequence, the capacity of the cache, when k is given"));
+    fail_shape("q", q,
+               text("at most ", problem.key_capacity(), " queries a sequence, the capacity of the cache, when k is given"));
   }
 }
 
@@ -221,17 +227,18 @@ void check_cache_values(const AttentionProblem& problem, const OptionalInputs& o
                        "rows of rotary_cos before the new keys'");
     }
     if (!table || (optional.cache_batch_idx && !batch_idx)) continue;
-    check_blocks(problem, *table, batch_idx ? batch_idx->at(batch) : static_cast<std::int64_t>(batch), length + new_keys, length,
-                 batch);
+    check_blocks(problem, *table, batch_idx ? batch_idx->at(batch) : static_cast<std::int64_t>(batch), length + new_keys,
+                 length, batch);
   }
 }
 
-void check_pages(const mx::array& k_cache, const mx::array& v_cache, const mx::array& block_table, const mx::array& cache_seqlens,
-                 int seqlen_new) {
+void check_pages(const mx::array& k_cache, const mx::array& v_cache, const mx::array& block_table,
+                 const mx::array& cache_seqlens, int seqlen_new) {
   const char* layout = "(pages, page_size, heads_k, dim)";
   require_rank("k_cache", k_cache, 4, layout);
   require_rank("v_cache", v_cache, 4, layout);
-  if (v_cache.dtype() != k_cache.dtype()) fail<TypeError>("v_cache", text("dtype ", v_cache.dtype()), text("that of k_cache, ", k_cache.dtype()));
+  if (v_cache.dtype() != k_cache.dtype())
+    fail<TypeError>("v_cache", text("dtype ", v_cache.dtype()), text("that of k_cache, ", k_cache.dtype()));
   if (without_last(v_cache.shape()) != without_last(k_cache.shape())) {
     fail_shape("v_cache", v_cache, text("the shape of k_cache, ", text_of(k_cache.shape()), ", but for its last axis"));
   }

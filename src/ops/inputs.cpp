@@ -45,7 +45,8 @@ void set_cache_sizes(AttentionProblem& problem, const mx::array& k, const Option
     problem.table_blocks = optional.block_table->shape(1);
     const std::int64_t slots = std::int64_t{problem.table_blocks} * problem.page_size;
     // Packed queries come with a bound of their own.
-    if (!problem.varlen) problem.max_seqlen_k = static_cast<int>(std::min<std::int64_t>(slots, std::numeric_limits<int>::max()));
+    if (!problem.varlen)
+      problem.max_seqlen_k = static_cast<int>(std::min<std::int64_t>(slots, std::numeric_limits<int>::max()));
   } else {
     problem.max_seqlen_k = k.shape(1);
   }

@@ -11,23 +11,34 @@
 namespace flash_attn {
 
 struct OptionalInput {
-  std::optional<mx::array> OptionalInputs::* member;
+  std::optional<mx::array> OptionalInputs::*member;
   bool is_run;  // kernels read it as a plain run of values; the others in any strides
 };
 
 /// The order in which a node's inputs follow q, k and v.
 inline constexpr std::array<OptionalInput, 22> optional_inputs = {{
-    {&OptionalInputs::attn_mask, false},       {&OptionalInputs::learnable_sink, true},
-    {&OptionalInputs::alibi_slopes, true},     {&OptionalInputs::cu_seqlens_q, true},
-    {&OptionalInputs::cu_seqlens_k, true},     {&OptionalInputs::seqused_q, true},
-    {&OptionalInputs::seqused_k, true},        {&OptionalInputs::dropout_key, true},
-    {&OptionalInputs::k_scales, false},        {&OptionalInputs::k_biases, false},
-    {&OptionalInputs::v_scales, false},        {&OptionalInputs::v_biases, false},
-    {&OptionalInputs::qv, false},              {&OptionalInputs::block_table, true},
-    {&OptionalInputs::cache_batch_idx, true},  {&OptionalInputs::cache_leftpad, true},
-    {&OptionalInputs::k_new, false},           {&OptionalInputs::v_new, false},
-    {&OptionalInputs::cu_seqlens_k_new, true}, {&OptionalInputs::rotary_cos, true},
-    {&OptionalInputs::rotary_sin, true},       {&OptionalInputs::rotary_seqlens, true},
+    {&OptionalInputs::attn_mask, false},
+    {&OptionalInputs::learnable_sink, true},
+    {&OptionalInputs::alibi_slopes, true},
+    {&OptionalInputs::cu_seqlens_q, true},
+    {&OptionalInputs::cu_seqlens_k, true},
+    {&OptionalInputs::seqused_q, true},
+    {&OptionalInputs::seqused_k, true},
+    {&OptionalInputs::dropout_key, true},
+    {&OptionalInputs::k_scales, false},
+    {&OptionalInputs::k_biases, false},
+    {&OptionalInputs::v_scales, false},
+    {&OptionalInputs::v_biases, false},
+    {&OptionalInputs::qv, false},
+    {&OptionalInputs::block_table, true},
+    {&OptionalInputs::cache_batch_idx, true},
+    {&OptionalInputs::cache_leftpad, true},
+    {&OptionalInputs::k_new, false},
+    {&OptionalInputs::v_new, false},
+    {&OptionalInputs::cu_seqlens_k_new, true},
+    {&OptionalInputs::rotary_cos, true},
+    {&OptionalInputs::rotary_sin, true},
+    {&OptionalInputs::rotary_seqlens, true},
 }};
 
 /// Bit i: optional_inputs[i] is there.

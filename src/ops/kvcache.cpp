@@ -70,11 +70,13 @@ std::vector<mx::array*> arrays_of(const CacheRef& k_cache, const CacheRef& v_cac
 
 void require_separate(const CacheRef& k_cache, const CacheRef& v_cache) {
   if (&k_cache.data == &v_cache.data || k_cache.data.id() == v_cache.data.id()) {
-    fail<std::invalid_argument>("v_cache", "the same array as k_cache", "one of its own, since new keys and values are written");
+    fail<std::invalid_argument>("v_cache", "the same array as k_cache",
+                                "one of its own, since new keys and values are written");
   }
 }
 
-AttentionResult run(const AttentionCall& call, const CacheRef& k_cache, const CacheRef& v_cache, const AttentionOptions& options) {
+AttentionResult run(const AttentionCall& call, const CacheRef& k_cache, const CacheRef& v_cache,
+                    const AttentionOptions& options) {
   const Route route = choose_route(call, options);
   const mx::array no_probabilities(std::initializer_list<int>{}, call.q.dtype());
   const bool by_kernel = route.target == Route::Target::kernel;
@@ -104,8 +106,9 @@ AttentionResult flash_attn_with_kvcache(const mx::array& q, const CacheRef& k_ca
   return run(kvcache_call(q, k_cache, v_cache, arguments, options), k_cache, v_cache, options);
 }
 
-mx::array update_paged_kv_cache(const CacheRef& k_cache, const CacheRef& v_cache, const mx::array& new_k, const mx::array& new_v,
-                                const mx::array& block_table, const mx::array& cache_seqlens, mx::StreamOrDevice stream) {
+mx::array update_paged_kv_cache(const CacheRef& k_cache, const CacheRef& v_cache, const mx::array& new_k,
+                                const mx::array& new_v, const mx::array& block_table, const mx::array& cache_seqlens,
+                                mx::StreamOrDevice stream) {
   require_rank("new_k", new_k, 4, "(batch, seqlen_new, heads_k, dim)");
   require_rank("k_cache", k_cache.data, 4, "(pages, page_size, heads_k, dim)");
   require_rank("block_table", block_table, 2, "(batch, blocks)");

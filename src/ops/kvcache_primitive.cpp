@@ -19,8 +19,8 @@ template <class Visit>
 void for_each_cache_input(Presence present, Visit visit) {
   constexpr std::size_t k = 1;
   constexpr std::size_t v = 2;
-  const auto visit_tensor = [&](std::size_t tensor, std::optional<mx::array> OptionalInputs::* scales,
-                                std::optional<mx::array> OptionalInputs::* biases) {
+  const auto visit_tensor = [&](std::size_t tensor, std::optional<mx::array> OptionalInputs::*scales,
+                                std::optional<mx::array> OptionalInputs::*biases) {
     visit(tensor);
     std::size_t position = 3;
     for (std::size_t i = 0; i < optional_inputs.size(); ++i) {
@@ -113,8 +113,8 @@ class FlashAttentionWithKVCache final : public AttentionNode {
   }
 
  private:
-  /// MLX holds on to a buffer until the tasks that use it are done: for a cache those of the step before, whose end this one needs
-  /// anyway.
+  /// MLX holds on to a buffer until the tasks that use it are done: for a cache those of the step before, whose end this one
+  /// needs anyway.
   void wait_for_earlier_steps(const Arrays& inputs) {
     bool all_free = true;
     for_each_cache_input(present(), [&](std::size_t position) { all_free = all_free && inputs[position].is_donatable(); });
@@ -178,8 +178,8 @@ KVCacheOutputs kvcache_node(const AttentionCall& given) {
     shapes.push_back(array.shape());
     dtypes.push_back(array.dtype());
   }
-  Arrays outputs = mx::array::make_arrays(std::move(shapes), dtypes, std::make_shared<FlashAttentionWithKVCache>(call),
-                                          node_inputs(call));
+  Arrays outputs =
+      mx::array::make_arrays(std::move(shapes), dtypes, std::make_shared<FlashAttentionWithKVCache>(call), node_inputs(call));
   return {{outputs[0], outputs[1]}, {outputs.begin() + 2, outputs.end()}};
 }
 

@@ -65,8 +65,8 @@ AttentionCall normalise(AttentionProblem problem, const mx::array& q, const mx::
           stream};
 }
 
-/// As normalise, for keys in a cache or in pages; `optional` has all that says where they are, `lengths_name` is what the caller
-/// calls seqused_k.
+/// As normalise, for keys in a cache or in pages; `optional` has all that says where they are, `lengths_name` is what the
+/// caller calls seqused_k.
 AttentionCall normalise_cached(AttentionProblem problem, const mx::array& q, const mx::array& k, const mx::array& v,
                                OptionalInputs optional, const AttentionOptions& options, const ArgumentNames& names,
                                const char* lengths_name) {
@@ -116,8 +116,8 @@ AttentionCall paged_varlen_call(AttentionProblem problem, const mx::array& q, co
   const int batch = cu_seqlens_k.shape(0) - 1;
   optional.seqused_k = options.seqused_k;
   if (!optional.seqused_k) {
-    optional.seqused_k = mx::subtract(mx::slice(cu_seqlens_k, {1}, {batch + 1}, stream),
-                                      mx::slice(cu_seqlens_k, {0}, {batch}, stream), stream);
+    optional.seqused_k =
+        mx::subtract(mx::slice(cu_seqlens_k, {1}, {batch + 1}, stream), mx::slice(cu_seqlens_k, {0}, {batch}, stream), stream);
     // Four numbers a sequence: computed now where the starts are known, so that they can be checked.
     if (is_ready(cu_seqlens_k)) optional.seqused_k->eval();
   }

@@ -35,7 +35,8 @@ template <class Error, class Got, class Needs>
   fail<std::invalid_argument>(argument, "shape " + text_of(got.shape()), needs);
 }
 
-inline void require_shape(const std::string& argument, const mx::array& got, const mx::Shape& shape, const std::string& meaning) {
+inline void require_shape(const std::string& argument, const mx::array& got, const mx::Shape& shape,
+                          const std::string& meaning) {
   if (got.shape() != shape) fail_shape(argument, got, "shape " + text_of(shape) + ", " + meaning);
 }
 

@@ -47,7 +47,8 @@ std::vector<mx::array> attention_vjp(const AttentionCall& call, const AttentionO
 
 NotImplementedError no_gradient_through_cache() {
   return NotImplementedError(
-      "[flash_attn] attention over a KV cache or pages has no gradient; use flash_attn_func or flash_attn_varlen_func with k and v "
+      "[flash_attn] attention over a KV cache or pages has no gradient; use flash_attn_func or flash_attn_varlen_func with k "
+      "and v "
       "as tensors");
 }
 

@@ -1,4 +1,5 @@
-// Attention over a cache as MLX ops: new keys scattered into copies of the caches, every sequence's keys gathered into a dense tensor.
+// Attention over a cache as MLX ops: new keys scattered into copies of the caches, every sequence's keys gathered into a dense
+// tensor.
 #include "reference/kvcache.h"
 
 #include <algorithm>
@@ -19,8 +20,8 @@ mx::array column(const mx::array& x) { return mx::expand_dims(x, 1); }
 
 /// Where sequences lie in their cache, all int32 (batch,).
 struct CacheLengths {
-  mx::array cached;   // slots in use before the append
-  mx::array added;    // new keys
+  mx::array cached;  // slots in use before the append
+  mx::array added;   // new keys
   mx::array leftpad;
 
   explicit CacheLengths(const AttentionCall& call)
@@ -49,7 +50,8 @@ FlatSlots flat_slots(const AttentionCall& call, const mx::array& slots) {
   const OptionalInputs& optional = call.optional;
   const int cache_rows = problem.page_size > 0 ? problem.table_rows : problem.cache_rows;
   mx::array row = column(optional.cache_batch_idx ? *optional.cache_batch_idx : mx::arange(0, problem.batch, 1, mx::int32));
-  mx::array exists = row >= number(0) && row < number(cache_rows) && slots >= number(0) && slots < number(problem.key_capacity());
+  mx::array exists =
+      row >= number(0) && row < number(cache_rows) && slots >= number(0) && slots < number(problem.key_capacity());
   row = mx::where(exists, row, number(0));
   const mx::array slot = mx::where(exists, slots, number(0));
   if (problem.page_size == 0) return {row * number(problem.max_seqlen_k) + slot, exists};
@@ -174,7 +176,8 @@ AttentionCall gathered(const AttentionCall& call) {
   const int capacity = call.problem.key_capacity();
   const mx::array position = mx::expand_dims(mx::arange(0, capacity, 1, mx::int32), 0);
   const FlatSlots slots = flat_slots(call, column(lengths.leftpad) + position);
-  const auto gather = [&](const mx::array& data, const std::optional<mx::array>& scales, const std::optional<mx::array>& biases) {
+  const auto gather = [&](const mx::array& data, const std::optional<mx::array>& scales,
+                          const std::optional<mx::array>& biases) {
     return mx::take(by_rows(dequantized(data, scales, biases)), slots.index, 0);
   };
   const OptionalInputs& optional = call.optional;
