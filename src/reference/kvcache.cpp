@@ -132,8 +132,7 @@ mx::array scattered(const mx::array& cache, const FlatSlots& slots, const mx::ar
   const mx::array dump = mx::concatenate({flat, mx::zeros(one_row, flat.dtype())}, 0);
   const mx::array index = mx::where(slots.exists, slots.index, number(flat.shape(0)));
   const mx::array written = mx::scatter(dump, index, mx::expand_dims(rows, 2), 0);
-  mx::Shape stop = flat.shape();
-  return mx::reshape(mx::slice(written, mx::Shape(stop.size(), 0), stop), cache.shape());
+  return mx::reshape(mx::slice(written, mx::Shape(flat.ndim(), 0), flat.shape()), cache.shape());
 }
 
 /// The parts of a cache after the append, codes first.
@@ -163,7 +162,7 @@ mx::array dequantized(const mx::array& data, const std::optional<mx::array>& sca
 }
 
 mx::array with_missing_hidden(const std::optional<mx::array>& mask, const mx::array& exists) {
-  const mx::array visible = mx::expand_dims(exists, {1, 2});
+  mx::array visible = mx::expand_dims(exists, {1, 2});
   if (!mask) return visible;
   if (mask->dtype() == mx::bool_) return *mask && visible;
   return mx::where(visible, *mask, mx::array(-std::numeric_limits<float>::infinity(), mask->dtype()));
