@@ -59,9 +59,11 @@ inline void backward_keys(const BackwardPass& pass, const BackwardTask& task, fl
     const std::int64_t first = std::int64_t{begin} * row_block;
 
     const RowBlock rows(problem, task.rows + index * pass.row_block_size);
+    Staircase staircase;
     for (int column = 0; column < row_count; column += panel_rows) {
       const RowPanel panel(problem, *pass.inputs, unit, row_begin + column, row_begin + row_count);
-      panel_gradients<Operand>(pass, steps, buffers, keys, begin, count, panel, rows, column);
+      staircase.add(panel, keys.begin + begin, count);
+      panel_gradients<Operand>(pass, steps, buffers, keys, begin, count, staircase, panel, rows, column);
       if (problem.softcap > 0) {
         multiply_softcap_derivative(panel, {{buffers.scores + first + column, row_block, count, 0},
                                             buffers.gradients + first + column,
@@ -75,15 +77,23 @@ inline void backward_keys(const BackwardPass& pass, const BackwardTask& task, fl
     pack_along_rows<Operand>(p, count, row_count);
     pack_along_rows<Operand>(ds, count, row_count);
     const int row_words = words<Operand>(row_count);
-    panel_product<Operand, M>(p, row_block, 1, rows.dout_panels, row_stride, row_words, count, v_panels,
-                              buffers.dv + std::int64_t{begin} * dim_panel, gradient_stride);
-    panel_product<Operand, M>(ds, row_block, 1, rows.q_panels, row_stride, row_words, count, k_panels,
-                              buffers.dk + std::int64_t{begin} * dim_panel, gradient_stride);
+    const auto rows_of_keys = [&](int key) -> KeyRange {
+      const RowSpan span = staircase.rows_of_keys(key, M);
+      return {span.begin / Operand::per_word, min_of(span.end / Operand::per_word, row_words)};
+    };
+    const auto keys_of_rows = [&](int row) -> KeyRange {
+      const KeyRange seen = staircase.keys_of_rows(row, M);
+      return {seen.begin / Operand::per_word, words<Operand>(seen.end)};
+    };
+    panel_product<Operand, M>(p, row_block, 1, rows.dout_panels, row_stride, count, v_panels,
+                              buffers.dv + std::int64_t{begin} * dim_panel, gradient_stride, rows_of_keys);
+    panel_product<Operand, M>(ds, row_block, 1, rows.q_panels, row_stride, count, k_panels,
+                              buffers.dk + std::int64_t{begin} * dim_panel, gradient_stride, rows_of_keys);
     if (!task.dq) continue;
     if (task.dq_turns) wait_for_turn(task.dq_turns + index, task.block);
     panel_product<Operand, M>(ds_by_keys, 1, row_block, buffers.k_panels + std::int64_t{begin / Operand::per_word} * dim_panel,
-                              key_stride, count / Operand::per_word, round_up(row_count, M), k_panels,
-                              task.dq + index * pass.dq_block_size, row_block * dim_panel);
+                              key_stride, round_up(row_count, M), k_panels, task.dq + index * pass.dq_block_size,
+                              row_block * dim_panel, keys_of_rows);
     if (task.dq_turns) __atomic_store_n(task.dq_turns + index, task.block + 1, __ATOMIC_RELEASE);
   }
   write_key_gradients(pass.gradients->dk, unit, keys, problem.head_dim, problem.softmax_scale, buffers.dk);

@@ -91,7 +91,8 @@ inline void attend(const BlockContext& block, const RowPanel& panel, PanelState&
   alignas(64) float alpha[panel_rows];
 
   using Products = ForwardProducts<Operand>;
-  const Staircase<N> staircase(panel, tile.key_begin, tile.keys);
+  Staircase staircase;
+  staircase.add(panel, tile.key_begin, tile.keys);
   Products::template scores<N>(k, dim_words, state.q_transposed, tile.keys, block.scores.scale.query, staircase, tile.scores,
                                tile.stride);
   block.steps->apply(block.scores, panel, tile);

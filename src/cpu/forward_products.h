@@ -2,69 +2,20 @@
 #pragma once
 
 #include "cpu/matrix_tiles.h"
-#include "cpu/products.h"
-#include "cpu/score_steps.h"
+#include "cpu/staircase.h"
 
 namespace flash_attn::cpu::FA_LEVEL {
 namespace {
 
-// Keys of a tile that some row of each vector sees, counted from the tile's first key. At the edge of what is visible a tile is
-// a staircase: vectors that see none of a few keys are left out.
-template <int N>
-struct Staircase {
-  KeyRange vector[N];
-
-  Staircase(const RowPanel& panel, std::int32_t key_begin, int keys) {
-    for (int n = 0; n < N; ++n) {
-      const KeyRange& some = panel.some_of_vector[n];
-      vector[n] = {clamp_to(some.begin, key_begin, key_begin + keys) - key_begin,
-                   clamp_to(some.end, key_begin, key_begin + keys) - key_begin};
-    }
-  }
-
-  // Of the rows [row, row + count): keys that one of them may see.
-  KeyRange of_rows(int row, int count) const {
-    KeyRange keys = vector[row / lanes];
-    for (int n = row / lanes + 1; n <= (row + count - 1) / lanes; ++n) {
-      keys = {min_of(keys.begin, vector[n].begin), max_of(keys.end, vector[n].end)};
-    }
-    return keys;
-  }
-};
-
-// As score_product; -inf where a tile leaves a vector out.
-template <class Operand, int N>
-inline void staircase_scores(const float* k, int dim_words, const float* q_transposed, int keys, float scale,
-                             const Staircase<N>& steps, float* scores, std::int64_t stride) {
-  constexpr int M = score_keys<N>;
-  for (int key = 0; key < keys; key += M) {
-    int first = 0;
-    int last = N;
-    while (first < N && steps.vector[first].end <= key) ++first;
-    while (first < last && steps.vector[last - 1].begin >= key + M) --last;
-    float* tile = scores + key * stride;
-    unroll<N>([&](auto left_out) {
-      constexpr int W = N - left_out;
-      if (last - first != W) return;
-      score_tile<Operand, M, W>(k + std::int64_t{key} * dim_words, dim_words, q_transposed + first * lanes, N * lanes, scale,
-                                tile + first * lanes, stride);
-    });
-    for (int n = 0; n < N; ++n) {
-      if (n >= first && n < last) continue;
-      for (int m = 0; m < M; ++m) store(tile + m * stride + n * lanes, minus_infinity());
-    }
-  }
-}
-
 // O [rows][dims] = alpha O + P^T [key words][rows] V [dim panels][key words][dim_panel].
 template <class Operand, int N>
 inline void value_product(const float* p, const float* v, std::int64_t v_panel_stride, int panels_v, const float* alpha,
-                          const Staircase<N>& steps, float* o) {
+                          const Staircase& steps, float* o) {
   constexpr int M = value_rows<N>;
   const int dims = panels_v * dim_panel;
   for (int panel = 0; panel < panels_v; ++panel) {
     for (int row = 0; row < N * lanes; row += M) {
-      const KeyRange keys = steps.of_rows(row, M);
+      const KeyRange keys = steps.keys_of_rows(row, M);
       const int first = keys.begin / Operand::per_word;
       float* tile = o + std::int64_t{row} * dims + panel * dim_panel;
       Vec acc[M][dim_vectors];
@@ -93,14 +44,14 @@ struct ForwardProducts {
   // the end.
   template <int N>
   static FA_INLINE void scores(const float* k, int dim_words, const float* q_transposed, int keys, float scale,
-                               const Staircase<N>& steps, float* scores, std::int64_t stride) {
+                               const Staircase& steps, float* scores, std::int64_t stride) {
     staircase_scores<Operand, N>(k, dim_words, q_transposed, keys, scale, steps, scores, stride);
   }
 
   // O [rows][dims] = alpha O + P V, P [keys][N vectors] of which `keys` count, V [dim panels][key words][dim_panel]; P is lost.
   template <int N>
   static FA_INLINE void values(float* p, int keys, const float* v, std::int64_t v_panel_stride, int panels_v,
-                               const float* alpha, const Staircase<N>& steps, float* o, float*) {
+                               const float* alpha, const Staircase& steps, float* o, float*) {
     const float* words_of_p = pack_along_keys<Operand>(p, N * lanes, keys, p);
     value_product<Operand, N>(words_of_p, v, v_panel_stride, panels_v, alpha, steps, o);
   }
@@ -131,8 +82,8 @@ struct ForwardProducts<MatrixOperand> {
   static_assert(lanes == matrix_tile && dim_panel == 2 * matrix_tile);
 
   template <int N>
-  static inline void scores(const float* k, int dim_words, const float* q_transposed, int keys, float scale,
-                            const Staircase<N>&, float* scores, std::int64_t stride) {
+  static inline void scores(const float* k, int dim_words, const float* q_transposed, int keys, float scale, const Staircase&,
+                            float* scores, std::int64_t stride) {
     constexpr int M = 2;
     for (int key = 0; key < keys; key += M * matrix_tile) {
       float* tile = scores + key * stride;
@@ -144,7 +95,7 @@ struct ForwardProducts<MatrixOperand> {
 
   template <int N>
   static inline void values(float* p, int keys, const float* v, std::int64_t v_panel_stride, int panels_v, const float* alpha,
-                            const Staircase<N>&, float* o, float* scratch) {
+                            const Staircase&, float* o, float* scratch) {
     const int key_words = words<MatrixOperand>(keys);
     const std::int64_t dims = std::int64_t{panels_v} * dim_panel;
     transpose_probabilities<N>(p, keys, scratch, key_words);

@@ -2,8 +2,7 @@
 #pragma once
 
 #include "cpu/key_block.h"
-#include "cpu/products.h"
-#include "cpu/score_steps.h"
+#include "cpu/staircase.h"
 
 namespace flash_attn::cpu::FA_LEVEL {
 namespace {
@@ -53,7 +52,8 @@ inline void multiply_softcap_derivative(const RowPanel& panel, const GradientTil
 // S^T, dP^T, then P and dS of one panel against keys [begin, begin + count) of the block, at column `column` of the tiles.
 template <class Operand, int N>
 inline void panel_gradients(const BackwardPass& pass, const ScoreSteps& steps, const KeyBlockBuffers& buffers, KeyBlock keys,
-                            int begin, int count, const RowPanel& panel, const RowBlock& rows, int column) {
+                            int begin, int count, const Staircase& staircase, const RowPanel& panel, const RowBlock& rows,
+                            int column) {
   const AttentionProblem& problem = *pass.problem;
   const std::int64_t first = std::int64_t{begin} * row_block + column;
   const bool softcap = problem.softcap > 0;
@@ -64,26 +64,28 @@ inline void panel_gradients(const BackwardPass& pass, const ScoreSteps& steps, c
                                 tile.softcap_derivative};
   const int dim_words = words<Operand>(problem.head_dim);
   const int dim_v_words = words<Operand>(problem.head_dim_v);
-  score_product<Operand, N>(buffers.k_rows + std::int64_t{begin} * dim_words, dim_words,
-                            rows.q_transposed + std::int64_t{column} * problem.head_dim, count, context.scale.query,
-                            tile.scores.scores, row_block);
-  score_product<Operand, N>(buffers.v_rows + std::int64_t{begin} * dim_v_words, dim_v_words,
-                            rows.dout_transposed + std::int64_t{column} * problem.head_dim_v, count, 1.0f, tile.gradients,
-                            row_block);
+  const int first_vector = column / lanes;
+  staircase_scores<Operand, N>(buffers.k_rows + std::int64_t{begin} * dim_words, dim_words,
+                               rows.q_transposed + std::int64_t{column} * problem.head_dim, count, context.scale.query,
+                               staircase, tile.scores.scores, row_block, first_vector);
+  staircase_scores<Operand, N>(buffers.v_rows + std::int64_t{begin} * dim_v_words, dim_v_words,
+                               rows.dout_transposed + std::int64_t{column} * problem.head_dim_v, count, 1.0f, staircase,
+                               tile.gradients, row_block, first_vector);
   steps.apply(context, panel, tile.scores);
   gradient_tile(pass, panel, rows.lse_log2 + column, rows.delta + column, tile);
 }
 
 template <class Operand>
 inline void panel_gradients(const BackwardPass& pass, const ScoreSteps& steps, const KeyBlockBuffers& buffers, KeyBlock keys,
-                            int begin, int count, const RowPanel& panel, const RowBlock& rows, int column) {
+                            int begin, int count, const Staircase& staircase, const RowPanel& panel, const RowBlock& rows,
+                            int column) {
   switch (panel.vectors) {
     case 1:
-      return panel_gradients<Operand, 1>(pass, steps, buffers, keys, begin, count, panel, rows, column);
+      return panel_gradients<Operand, 1>(pass, steps, buffers, keys, begin, count, staircase, panel, rows, column);
     case 2:
-      return panel_gradients<Operand, 2>(pass, steps, buffers, keys, begin, count, panel, rows, column);
+      return panel_gradients<Operand, 2>(pass, steps, buffers, keys, begin, count, staircase, panel, rows, column);
     default:
-      return panel_gradients<Operand, 3>(pass, steps, buffers, keys, begin, count, panel, rows, column);
+      return panel_gradients<Operand, 3>(pass, steps, buffers, keys, begin, count, staircase, panel, rows, column);
   }
 }
 

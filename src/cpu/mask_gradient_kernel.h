@@ -27,10 +27,12 @@ inline void add_mask_gradient(const BackwardPass& pass, const MaskGradientTask& 
   prepare_rows<Operand>(pass, unit, task.row_begin, scratch);
   pack_key_rows<Operand>(problem, KeyReader(problem, *pass.inputs, unit), keys, buffers);
   const int last = min_of(end, unit.sequence.k.length - keys.begin);
+  Staircase staircase;
   for (int row = task.row_begin; row < row_end; row += panel_rows) {
     const RowPanel panel(problem, *pass.inputs, unit, row, row_end);
     const int column = row - task.row_begin;
-    panel_gradients<Operand>(pass, steps, buffers, keys, begin, end - begin, panel, rows, column);
+    staircase.add(panel, keys.begin + begin, end - begin);
+    panel_gradients<Operand>(pass, steps, buffers, keys, begin, end - begin, staircase, panel, rows, column);
     for (int lane = 0; lane < panel.rows; ++lane) {
       float* destination = task.dmask + panel.query[lane] * task.row_stride;
       for (int key = begin; key < last; ++key) {

@@ -60,27 +60,20 @@ FA_INLINE void score_tile(const float* k, int dim_words, const float* q_transpos
   }
 }
 
-// S^T [keys][stride] = scale K [keys][dim words] Q^T [dim words][N vectors].
-template <class Operand, int N>
-inline void score_product(const float* k, int dim_words, const float* q_transposed, int keys, float scale, float* scores,
-                          std::int64_t stride) {
-  constexpr int M = score_keys<N>;
-  for (int key = 0; key < keys; key += M) {
-    score_tile<Operand, M, N>(k + std::int64_t{key} * dim_words, dim_words, q_transposed, N * lanes, scale,
-                              scores + key * stride, stride);
-  }
-}
-
 // C [rows][dim panels] += A B, where A(row, k) = a[row * a_row + k * a_depth] and B [dim panels][k][dim_panel], k in words; C
-// is panels too: [dim panels][rows][dim_panel]. `rows` is a multiple of M: dV += P^T dO, dK += dS^T Q and dQ += dS K.
-template <class Operand, int M>
+// is panels too: [dim panels][rows][dim_panel]. `rows` is a multiple of M: dV += P^T dO, dK += dS^T Q and dQ += dS K. Of the
+// depth only depth_of(row) counts for the M rows from `row` on: outside of it A is 0.
+template <class Operand, int M, class DepthOf>
 inline void panel_product(const float* a, std::int64_t a_row, std::int64_t a_depth, const float* b, std::int64_t b_panel_stride,
-                          int depth, int rows, int panels, float* c, std::int64_t c_panel_stride) {
+                          int rows, int panels, float* c, std::int64_t c_panel_stride, DepthOf depth_of) {
   for (int panel = 0; panel < panels; ++panel) {
     for (int row = 0; row < rows; row += M) {
+      const KeyRange depth = depth_of(row);
       float* tile = c + panel * c_panel_stride + std::int64_t{row} * dim_panel;
       Vec acc[M][dim_vectors] = {};
-      matmul_tile<Operand, M, dim_vectors>(acc, a + row * a_row, a_row, a_depth, b + panel * b_panel_stride, dim_panel, depth);
+      matmul_tile<Operand, M, dim_vectors>(acc, a + row * a_row + depth.begin * a_depth, a_row, a_depth,
+                                           b + panel * b_panel_stride + std::int64_t{depth.begin} * dim_panel, dim_panel,
+                                           depth.end - depth.begin);
 #pragma GCC unroll 16
       for (int m = 0; m < M; ++m) {
 #pragma GCC unroll 4
