@@ -50,7 +50,7 @@ INSTANTIATE_TEST_SUITE_P(All, IsaLevel, testing::Combine(testing::ValuesIn(level
                          [](const auto& info) { return std::get<0>(info.param) + "_" + std::get<1>(info.param).name; });
 
 TEST(Isa, EveryMachineHasTheBaselineAndAllTileShapes) {
-  for (const char* name : {"baseline", "avx2_tiles", "avx512_tiles", "avx512_bf16_tiles"})
+  for (const char* name : {"baseline", "avx2_tiles", "avx512_tiles", "avx512_bf16_tiles", "avx512_amx_tiles"})
     EXPECT_TRUE(cpu::force_isa_level_for_testing(name)) << name;
   cpu::force_isa_level_for_testing(nullptr);
 }
