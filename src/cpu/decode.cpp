@@ -53,13 +53,14 @@ bool suits_decode(const AttentionProblem& problem, const AttentionInputs& inputs
 void decode_sequences(const Kernels& level, const DecodePass& pass, int threads, const std::vector<Sequence>& sequences) {
   const AttentionProblem& problem = *pass.problem;
   std::vector<Unit> units;
-  std::int32_t most_rows = 0;
   for (std::size_t batch = 0; batch < sequences.size(); ++batch) {
     if (!suits_decode(problem, *pass.inputs, sequences[batch])) continue;
     add_units(problem, *pass.inputs, static_cast<std::int32_t>(batch), sequences[batch], units);
-    most_rows = std::max(most_rows, units.back().packed_rows());
   }
   if (units.empty()) return;
+  // The last heads of a sequence may be fewer than those before them.
+  std::int32_t most_rows = 0;
+  for (const Unit& unit : units) most_rows = std::max(most_rows, unit.packed_rows());
 
   const KeyRuns runs(level, problem, units, /*granule=*/1);
   const std::int64_t scratch_size = (level.decode_scratch_size(pass, most_rows) + 15) / 16 * 16;

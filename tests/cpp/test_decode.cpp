@@ -307,6 +307,17 @@ TEST(Decode, HugeScoresStillSumToOne) {
   for (const double out : result_of(call).out) ASSERT_NEAR(out, 1.0, 1e-5);
 }
 
+// A task takes as many kv heads as its output leaves room for; what is left over for the last one is less.
+TEST(Decode, OfHeadsThatDoNotDivideIntoTasksStaysInItsMemory) {
+  for (std::int32_t seqlen_q : {1, 4}) {
+    AttentionProblem problem = cached_problem(1, seqlen_q, 20, 64, 576);
+    problem.heads_k = 5;
+    problem.heads_q = 5 * 20 / seqlen_q;
+    TestCall call(problem, {}, 16);
+    EXPECT_EQ(check_forward(call), "");
+  }
+}
+
 // A sequence of few rows is decoded, a longer one beside it is not.
 TEST(Decode, SequencesOfOneCallChooseTheirOwnPath) {
   for (std::int32_t heads_k : {1, 2, 4}) {
