@@ -95,8 +95,16 @@ inline void attend(const BlockContext& block, const RowPanel& panel, PanelState&
   staircase.add(panel, tile.key_begin, tile.keys);
   Products::template scores<N>(k, dim_words, state.q_transposed, tile.keys, block.scores.scale.query, staircase, tile.scores,
                                tile.stride);
+  float scale_left = 1.0f;
+  if constexpr (Products::leaves_scale) {
+    scale_left = block.scores.scale.query;
+    if (block.steps->change_scores() || !(scale_left > 0.0f)) {
+      for_each_score(panel, tile, [&](Vec s, int, int) { return s * scale_left; });
+      scale_left = 1.0f;
+    }
+  }
   block.steps->apply(block.scores, panel, tile);
-  softmax_tile<N>(tile, state.softmax, alpha);
+  softmax_tile<N>(tile, state.softmax, alpha, scale_left);
   if (problem.has_dropout) drop_probabilities(problem, *block.pass->inputs, panel, tile);
   Products::template values<N>(tile.scores, tile.keys, v, v_panel_stride, panels_of(problem.head_dim_v), alpha, staircase,
                                state.o, block.transposed_tile);

@@ -39,6 +39,7 @@ inline void value_product(const float* p, const float* v, std::int64_t v_panel_s
 template <class Operand>
 struct ForwardProducts {
   struct Unit {};  // what a thread holds while it multiplies
+  static constexpr bool leaves_scale = false;
 
   // S^T [keys][stride] = scale K [keys][dim words] Q^T [dim words][N vectors]. Scores of a tile's last keys may be of keys past
   // the end.
@@ -79,17 +80,17 @@ inline void transpose_probabilities(const float* p, int keys, float* transposed,
 template <>
 struct ForwardProducts<MatrixOperand> {
   using Unit = MatrixUnit;
+  static constexpr bool leaves_scale = true;  // tiles are stored as they are: who reads scores next scales them
   static_assert(lanes == matrix_tile && dim_panel == 2 * matrix_tile);
 
   template <int N>
-  static inline void scores(const float* k, int dim_words, const float* q_transposed, int keys, float scale, const Staircase&,
+  static inline void scores(const float* k, int dim_words, const float* q_transposed, int keys, float, const Staircase&,
                             float* scores, std::int64_t stride) {
     constexpr int M = 2;
     for (int key = 0; key < keys; key += M * matrix_tile) {
       float* tile = scores + key * stride;
       multiply_tiles<M, N>(false, tile, stride, k + std::int64_t{key} * dim_words, dim_words, q_transposed, N * lanes,
                            dim_words / matrix_tile);
-      for (int i = 0; i < M * matrix_tile * N; ++i) store(tile + i * lanes, load(tile + i * lanes) * scale);
     }
   }
 

@@ -22,17 +22,18 @@ inline void start_softmax(const RowPanel& panel, const float* learnable_sink, So
   }
 }
 
-// Turns S into P, updates m and l, gives alpha.
+// Turns S into P, updates m and l, gives alpha. The tile holds the scores over `scale`, which is positive.
 template <int N>
-inline void softmax_tile(const ScoreTile& tile, SoftmaxState& state, float* alpha) {
+inline void softmax_tile(const ScoreTile& tile, SoftmaxState& state, float* alpha, float scale = 1.0f) {
   Vec maximum[N];
   Vec minus_maximum[N];
   Vec sum[N] = {};
-  for (int n = 0; n < N; ++n) maximum[n] = load(state.m + n * lanes);
+  for (int n = 0; n < N; ++n) maximum[n] = minus_infinity();
   for (int key = 0; key < tile.keys; ++key) {
     for (int n = 0; n < N; ++n) maximum[n] = larger_of(load(tile.scores + key * tile.stride + n * lanes), maximum[n]);
   }
   for (int n = 0; n < N; ++n) {
+    maximum[n] = larger_of(maximum[n] * scale, load(state.m + n * lanes));
     minus_maximum[n] = -maximum[n];
     store(alpha + n * lanes, exp2_of(load(state.m + n * lanes) + minus_maximum[n]));
     store(state.m + n * lanes, maximum[n]);
@@ -40,7 +41,7 @@ inline void softmax_tile(const ScoreTile& tile, SoftmaxState& state, float* alph
   for (int key = 0; key < tile.keys; ++key) {
     float* row = tile.scores + key * tile.stride;
     for (int n = 0; n < N; ++n) {
-      const Vec p = exp2_of(load(row + n * lanes) + minus_maximum[n]);
+      const Vec p = exp2_of(load(row + n * lanes) * scale + minus_maximum[n]);
       sum[n] += p;
       store(row + n * lanes, p);
     }

@@ -134,8 +134,12 @@ class ScoreSteps {
     if (problem.softcap > 0) add(softcap_step);
     if (inputs.alibi_slopes) add(alibi_step);
     if (inputs.attn_mask.data) add(attn_mask_step);
+    changes_ = count_ > 0;
     if (problem.page_size > 0) add(missing_page_step);
   }
+
+  // Steps that need the scores themselves, and not some multiple of them.
+  bool change_scores() const { return changes_; }
 
   void apply(const ScoreContext& context, const RowPanel& panel, const ScoreTile& tile) const {
     for (int i = 0; i < count_; ++i) steps_[i](context, panel, tile);
@@ -157,6 +161,7 @@ class ScoreSteps {
 
   Step steps_[4] = {};
   int count_ = 0;
+  bool changes_ = false;
 };
 
 // Calls visit(key, v, keep) for every vector of the tile; `keep` is a lane mask. Not a step on scores: dropout acts on
