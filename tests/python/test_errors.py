@@ -146,7 +146,6 @@ def test_bad_packing(change, error, argument):
     assert_refused(error, argument, flash_attn_varlen_func, *tensors, **(GOOD | change))
 
 
-
 def test_unknown_arguments_are_refused():
     with pytest.raises(TypeError):
         flash_attn_func(Q, K, V, no_such_option=1)
