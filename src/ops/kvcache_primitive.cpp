@@ -1,6 +1,5 @@
 #include "ops/kvcache_primitive.h"
 
-#include <cstring>
 #include <memory>
 #include <optional>
 #include <utility>
@@ -9,6 +8,7 @@
 #include "mlx/backend/cpu/encoder.h"
 #include "ops/attention_node.h"
 #include "ops/cpu_views.h"
+#include "ops/strided_copy.h"
 #include "ops/vjp.h"
 
 namespace flash_attn {
@@ -45,33 +45,6 @@ void let_go_of_inputs(const Arrays& inputs, Arrays& outputs) {
   }
 }
 
-/// The contents of an array, row after row.
-struct Copy {
-  const char* source;
-  mx::Strides strides;
-  mx::Shape shape;
-  std::size_t item_size;
-  char* destination;
-
-  void run() { run(0, source); }
-
- private:
-  void run(std::size_t axis, const char* from) {
-    if (axis == shape.size()) {
-      std::memcpy(destination, from, item_size);
-      destination += item_size;
-      return;
-    }
-    if (axis + 1 == shape.size() && strides[axis] == 1) {
-      const std::size_t bytes = static_cast<std::size_t>(shape[axis]) * item_size;
-      std::memcpy(destination, from, bytes);
-      destination += bytes;
-      return;
-    }
-    for (int i = 0; i < shape[axis]; ++i) run(axis + 1, from + i * strides[axis] * static_cast<std::int64_t>(item_size));
-  }
-};
-
 class FlashAttentionWithKVCache final : public AttentionNode {
  public:
   using AttentionNode::AttentionNode;
@@ -81,7 +54,7 @@ class FlashAttentionWithKVCache final : public AttentionNode {
   void eval_cpu(const Arrays& inputs, Arrays& outputs) override {
     // First of all: any other reference to an input would keep it from being written in place.
     let_go_of_inputs(inputs, outputs);
-    std::vector<Copy> copies = take_over_cache(inputs, outputs);
+    std::vector<StridedCopy> copies = take_over_cache(inputs, outputs);
     allocate(outputs[0]);
     allocate(outputs[1]);
     const AttentionCall call = call_on(inputs, outputs);
@@ -89,7 +62,7 @@ class FlashAttentionWithKVCache final : public AttentionNode {
         [problem = call.problem, inputs = cpu_inputs(call), copies = std::move(copies), new_keys = new_keys(call),
          rotary = rotary_table(call), cache = writable_cache(call),
          outputs = cpu::ForwardOutputs{view(outputs[0]), outputs[1].data<float>(), lse_strides(outputs[1])}]() mutable {
-          for (Copy& copy : copies) copy.run();
+          for (StridedCopy& copy : copies) copy.run();
           cpu::append(problem, inputs, new_keys, rotary, cache);
           cpu::Buffer rotated;
           if (rotary.cos) rotated = rotate_queries(problem, inputs, rotary);
@@ -121,8 +94,8 @@ class FlashAttentionWithKVCache final : public AttentionNode {
     if (!all_free) mx::synchronize(stream());
   }
 
-  std::vector<Copy> take_over_cache(const Arrays& inputs, Arrays& outputs) {
-    std::vector<Copy> copies;
+  std::vector<StridedCopy> take_over_cache(const Arrays& inputs, Arrays& outputs) {
+    std::vector<StridedCopy> copies;
     wait_for_earlier_steps(inputs);
     auto output = outputs.begin() + 2;
     for_each_cache_input(present(), [&](std::size_t position) {
@@ -131,7 +104,7 @@ class FlashAttentionWithKVCache final : public AttentionNode {
         output->copy_shared_buffer(input);
       } else {
         allocate(*output);
-        copies.push_back({input.data<char>(), input.strides(), input.shape(), input.itemsize(), output->data<char>()});
+        copies.emplace_back(input, *output);
       }
       ++output;
     });

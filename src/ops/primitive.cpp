@@ -10,6 +10,7 @@
 #include "mlx/ops.h"
 #include "ops/attention_node.h"
 #include "ops/cpu_views.h"
+#include "ops/strided_copy.h"
 #include "ops/vjp.h"
 
 namespace flash_attn {
@@ -63,6 +64,20 @@ std::pair<Arrays, std::vector<int>> vmap_by_slices(const Arrays& inputs, const s
   return {std::move(stacked), std::move(stacked_axes)};
 }
 
+/// Kernels read the codes of a quantised row side by side: a last axis that is not contiguous is copied.
+void make_rows_of_codes_whole(AttentionCall& call) {
+  if (!call.optional.k_scales) return;
+  mx::cpu::CommandEncoder& encoder = mx::cpu::get_command_encoder(call.stream);
+  for (mx::array* codes : {&call.k, &call.v}) {
+    if (codes->strides(-1) == 1 || codes->shape(-1) == 1) continue;
+    mx::array whole(codes->shape(), codes->dtype(), nullptr, {});
+    allocate(whole);
+    encoder.dispatch([copy = StridedCopy(*codes, whole)]() mutable { copy.run(); });
+    encoder.add_temporary(whole);
+    *codes = std::move(whole);
+  }
+}
+
 class FlashAttention final : public AttentionNode {
  public:
   using AttentionNode::AttentionNode;
@@ -71,7 +86,8 @@ class FlashAttention final : public AttentionNode {
 
   void eval_cpu(const Arrays& inputs, Arrays& outputs) override {
     allocate(outputs);
-    const AttentionCall call = call_of(inputs);
+    AttentionCall call = call_of(inputs);
+    make_rows_of_codes_whole(call);
     mx::cpu::get_command_encoder(stream()).dispatch(
         [problem = call.problem, inputs = cpu_inputs(call),
          outputs = cpu::ForwardOutputs{view(outputs[0]), outputs[1].data<float>(), lse_strides(outputs[1])}] {

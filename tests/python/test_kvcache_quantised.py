@@ -303,3 +303,17 @@ def test_compile_with_every_part_as_input_and_output(rng, format_):
     np.testing.assert_allclose(to_numpy(out), to_numpy(want), atol=1e-6)
     for got, part in zip(parts, [part for name in CACHES for part in parts_of(own, name)], strict=True):
         assert np.all(same_bits(got, part))
+
+
+@pytest.mark.parametrize("seqlen_q", [1, 40])
+def test_codes_may_lie_in_any_strides(rng, seqlen_q):
+    codes = rng.integers(-127, 128, (2, 40, 2, 64)).astype(np.int8)
+    scale = mx.array((rng.random((2, 40, 2)) * 0.02).astype(np.float32))
+    q = normal(rng, 2, seqlen_q, 4, 64)
+    whole = flash_attn_with_kvcache(q, mx.array(codes), mx.array(codes), k_scale=scale, v_scale=scale)
+    every_second = mx.array(np.repeat(codes, 2, axis=-1))[..., ::2]
+    backwards = mx.array(np.ascontiguousarray(codes[..., ::-1]))[..., ::-1]
+    heads_first = mx.array(np.ascontiguousarray(codes.swapaxes(1, 2))).swapaxes(1, 2)
+    for k in (every_second, backwards, heads_first):
+        assert mx.array_equal(flash_attn_with_kvcache(q, k, mx.array(codes), k_scale=scale, v_scale=scale), whole)
+        assert mx.array_equal(flash_attn_with_kvcache(q, mx.array(codes), k, k_scale=scale, v_scale=scale), whole)
