@@ -28,10 +28,9 @@ std::int32_t rotary_base(const AttentionProblem& problem, const AttentionInputs&
 
 std::vector<NewRows> new_rows(const AttentionProblem& problem, const AttentionInputs& inputs, const RotaryTable& rotary) {
   std::vector<NewRows> sequences;
-  const std::int32_t cache_rows = problem.page_size ? problem.table_rows : problem.cache_rows;
   for (std::int32_t batch = 0; batch < problem.batch; ++batch) {
-    const std::int32_t cache_row = inputs.cache.batch_idx ? inputs.cache.batch_idx[batch] : batch;
-    if (cache_row < 0 || cache_row >= cache_rows) continue;
+    const std::int32_t cache_row = cache_row_of(problem, inputs, batch);
+    if (cache_row < 0) continue;
     const std::int32_t first_slot = keys_in_cache(problem, inputs, batch);
     Extent rows = new_keys_of(problem, inputs, batch);
     rows.length = std::min(rows.length, problem.key_capacity() - first_slot);

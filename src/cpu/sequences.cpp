@@ -22,17 +22,21 @@ Extent extent_of(const Lengths& lengths, std::int32_t batch, std::int32_t previo
 
 // Leftpad comes off the front of what the cache holds, new keys are behind it. A row that the cache lacks holds nothing.
 Sequence cached_sequence(const AttentionProblem& problem, const AttentionInputs& inputs, std::int32_t batch, Extent q) {
-  const KeyCache& cache = inputs.cache;
-  const std::int32_t cache_row = cache.batch_idx ? cache.batch_idx[batch] : batch;
-  const std::int32_t cache_rows = problem.page_size ? problem.table_rows : problem.cache_rows;
-  if (cache_row < 0 || cache_row >= cache_rows) return {q, {0, 0}, 0};
+  const std::int32_t cache_row = cache_row_of(problem, inputs, batch);
+  if (cache_row < 0) return {q, {0, 0}, 0};
   const std::int64_t used = std::int64_t{keys_in_cache(problem, inputs, batch)} + new_keys_of(problem, inputs, batch).length;
   const auto end = static_cast<std::int32_t>(std::min<std::int64_t>(used, problem.key_capacity()));
-  const std::int32_t begin = cache.leftpad ? clamp_to(cache.leftpad[batch], 0, end) : 0;
+  const std::int32_t begin = inputs.cache.leftpad ? clamp_to(inputs.cache.leftpad[batch], 0, end) : 0;
   return {q, {begin, end - begin}, cache_row};
 }
 
 }  // namespace
+
+std::int32_t cache_row_of(const AttentionProblem& problem, const AttentionInputs& inputs, std::int32_t batch) {
+  const std::int32_t rows = problem.page_size > 0 ? problem.table_rows : problem.cache_rows;
+  const std::int32_t row = inputs.cache.batch_idx ? inputs.cache.batch_idx[batch] : batch;
+  return 0 <= row && row < rows ? row : -1;
+}
 
 std::int32_t keys_in_cache(const AttentionProblem& problem, const AttentionInputs& inputs, std::int32_t batch) {
   const std::int32_t capacity = problem.key_capacity();

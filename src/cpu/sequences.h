@@ -12,6 +12,9 @@ namespace flash_attn::cpu {
 /// One per batch item: cut to what exists, whatever cu_seqlens and seqused hold.
 std::vector<Sequence> sequences_of(const AttentionProblem& problem, const AttentionInputs& inputs);
 
+/// The row of the cache, or of the block table, that a sequence has; negative when what cache_batch_idx says is not there.
+std::int32_t cache_row_of(const AttentionProblem& problem, const AttentionInputs& inputs, std::int32_t batch);
+
 /// Slots that a sequence fills in its cache before new keys are appended, leftpad included; not above the capacity.
 std::int32_t keys_in_cache(const AttentionProblem& problem, const AttentionInputs& inputs, std::int32_t batch);
 
