@@ -1,0 +1,61 @@
+// The vocabulary of the Metal kernels: 8 x 8 fragments of simdgroup_matrix, of which a lane holds two neighbours in one row.
+//
+// Only thread_elements is used, never simdgroup_load: a fragment is then any eight rows and columns that pointers can reach.
+#pragma once
+
+#include "semantics/portable.h"
+
+namespace flash_attn {
+
+constant constexpr short fragment_size = 8;
+
+/// The two elements of an 8 x 8 fragment that this lane holds: (row, column) and (row, column + 1).
+template <class T>
+using Fragment = metal::vec<T, 2>;
+
+struct LanePlace {
+  short row;
+  short column;
+};
+
+/// The layout of A, B and C of simdgroup_matrix alike.
+METAL_FUNC LanePlace place_of_lane(uint lane) {
+  const short quad = short(lane) / 4;
+  return {short((quad & 4) + (short(lane) / 2) % 4), short((quad & 2) * 2 + (short(lane) % 2) * 2)};
+}
+
+/// D += A B of three fragments, in float32.
+template <class A, class B>
+METAL_FUNC void multiply_accumulate(thread Fragment<float>& d, Fragment<A> a, Fragment<B> b) {
+  metal::simdgroup_matrix<float, 8, 8> matrix_a;
+  metal::simdgroup_matrix<float, 8, 8> matrix_b;
+  metal::simdgroup_matrix<float, 8, 8> matrix_d;
+  reinterpret_cast<thread Fragment<float>&>(matrix_a.thread_elements()) = Fragment<float>(a);
+  reinterpret_cast<thread Fragment<float>&>(matrix_b.thread_elements()) = Fragment<float>(b);
+  reinterpret_cast<thread Fragment<float>&>(matrix_d.thread_elements()) = d;
+  metal::simdgroup_multiply_accumulate(matrix_d, matrix_a, matrix_b, matrix_d);
+  d = reinterpret_cast<thread Fragment<float>&>(matrix_d.thread_elements());
+}
+
+/// This lane's part of a fragment whose first element is at `first`; a transposed one has its strides swapped.
+template <class T, class Pointer>
+METAL_FUNC Fragment<T> load_fragment(Pointer first, LanePlace place, int row_stride, int column_stride) {
+  first += place.row * row_stride + place.column * column_stride;
+  return Fragment<T>(T(first[0]), T(first[column_stride]));
+}
+
+/// Over the lanes that share a row of a fragment.
+METAL_FUNC float row_max(float x) {
+  x = metal::max(x, metal::simd_shuffle_xor(x, 1));
+  return metal::max(x, metal::simd_shuffle_xor(x, 8));
+}
+
+METAL_FUNC float row_sum(float x) {
+  x += metal::simd_shuffle_xor(x, 1);
+  return x + metal::simd_shuffle_xor(x, 8);
+}
+
+/// One lane of each row, for what is written once a row.
+METAL_FUNC bool is_first_of_row(uint lane) { return (lane & 9u) == 0u; }
+
+}  // namespace flash_attn
