@@ -5,6 +5,7 @@
 #include <condition_variable>
 #include <cstdio>
 #include <cstdlib>
+#include <exception>
 #include <mutex>
 #include <thread>
 
@@ -54,11 +55,20 @@ struct Region {
   int next_slot = 1;       // slot 0 is the caller's; guarded by the pool's mutex
   int workers_inside = 0;  // guarded by the pool's mutex
   Region* next_region = nullptr;
+  std::mutex failure_mutex;
+  std::exception_ptr failure;  // the first
 
   bool exhausted() const { return next_task.load(std::memory_order_relaxed) >= count; }
 
-  void work(int slot) {
-    for (std::int64_t task; (task = next_task.fetch_add(1, std::memory_order_relaxed)) < count;) body(context, task, slot);
+  // What a task throws ends the region; its caller gets it, whichever thread it was thrown in.
+  void work(int slot) noexcept {
+    try {
+      for (std::int64_t task; (task = next_task.fetch_add(1, std::memory_order_relaxed)) < count;) body(context, task, slot);
+    } catch (...) {
+      next_task.store(count, std::memory_order_relaxed);
+      std::lock_guard lock(failure_mutex);
+      if (!failure) failure = std::current_exception();
+    }
   }
 };
 
@@ -79,6 +89,8 @@ class Pool {
     while (*link != &region) link = &(*link)->next_region;
     *link = region.next_region;
     region_left_.wait(lock, [&] { return region.workers_inside == 0; });
+    lock.unlock();
+    if (region.failure) std::rethrow_exception(region.failure);
   }
 
  private:
@@ -145,7 +157,7 @@ void run_tasks(std::int64_t count, int threads, void (*body)(void*, std::int64_t
     for (std::int64_t task = 0; task < count; ++task) body(context, task, 0);
     return;
   }
-  Region region{count, body, context, threads};
+  Region region{.count = count, .body = body, .context = context, .max_slots = threads};
   pool().run(region);
 }
 

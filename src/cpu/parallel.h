@@ -13,7 +13,8 @@ int thread_count();
 void set_thread_count_for_testing(int threads);
 
 /// Runs body(context, task, slot) for every task in [0, count), in ascending order of start. `slot` in [0, threads) is unique
-/// among the threads inside this region: an index for scratch memory.
+/// among the threads inside this region: an index for scratch memory. What a task throws is thrown here, after every thread
+/// has left the region; tasks that had not started are then left out.
 void run_tasks(std::int64_t count, int threads, void (*body)(void* context, std::int64_t task, int slot), void* context);
 
 template <class Body>

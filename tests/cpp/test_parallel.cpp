@@ -8,6 +8,7 @@
 #include <atomic>
 #include <cstdlib>
 #include <mutex>
+#include <stdexcept>
 #include <thread>
 #include <vector>
 
@@ -50,6 +51,20 @@ TEST_P(ParallelFor, GivesEachThreadASlotOfItsOwn) {
     mine = false;
   });
   EXPECT_EQ(wrong, 0);
+}
+
+TEST_P(ParallelFor, ThrowsToItsCallerWhatATaskThrows) {
+  for (int round = 0; round < 50; ++round) {
+    std::vector<std::atomic<int>> runs(100);
+    const auto fail_once = [&](std::int64_t task, int) {
+      ++runs[static_cast<std::size_t>(task)];
+      if (task == 17) throw std::runtime_error("task 17");
+    };
+    EXPECT_THROW(parallel_for(100, GetParam(), fail_once), std::runtime_error);
+    EXPECT_EQ(runs[17], 1);
+    EXPECT_TRUE(std::all_of(runs.begin(), runs.end(), [](const std::atomic<int>& count) { return count <= 1; }));
+    EXPECT_EQ(run_counts(100, GetParam()), std::vector<int>(100, 1));  // the pool goes on
+  }
 }
 
 TEST_P(ParallelFor, WritesAreSeenByTheCaller) {
