@@ -29,8 +29,8 @@ help: ## Show this list
 
 # ---- set-up
 
-.PHONY: setup-build setup-test setup-lint
-setup-build setup-test setup-lint: setup-%:
+.PHONY: setup-build setup-test setup-neon setup-lint
+setup-build setup-test setup-neon setup-lint: setup-%:
 	@PYTHON='$(PYTHON)' scripts/setup_debian.sh $*
 
 # Build tools live in .venv too, so that no build isolation is needed and a rebuild takes seconds.
@@ -68,6 +68,10 @@ test-full: build ## A seeded share of upstream's whole test matrix: make test-fu
 .PHONY: test-cpp
 test-cpp: setup-test $(VENV)/.requirements ## The C++ tests of a release build
 	$(call cpp_tests,release)
+
+.PHONY: test-neon
+test-neon: setup-neon $(VENV)/.requirements ## The C++ tests of the NEON level, cross-compiled, under qemu-user
+	$(call cpp_tests,neon)
 
 .PHONY: sanitize
 sanitize: setup-test $(VENV)/.requirements ## The C++ tests under ASan + UBSan, then under TSan

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Makes sure that the machine has what a target needs: setup_debian.sh build|test|lint
+# Makes sure that the machine has what a target needs: setup_debian.sh build|test|neon|lint
 # Installs what is missing by apt when root, else prints the line to run and fails. CMake, Ninja and MLX come from PyPI.
 set -euo pipefail
 
-purpose=${1:?build, test or lint}
+purpose=${1:?build, test, neon or lint}
 python=${PYTHON:-python3}
 packages=()
 
@@ -28,6 +28,10 @@ if [ "$purpose" = test ]; then
   needs libgtest-dev has_header gtest/gtest.h
   needs clang has_program clang++
   needs libclang-rt-dev has_fuzzer
+elif [ "$purpose" = neon ]; then
+  needs g++-aarch64-linux-gnu has_program aarch64-linux-gnu-g++
+  needs qemu-user has_program qemu-aarch64
+  needs libgtest-dev test -f /usr/src/googletest/googletest/CMakeLists.txt
 elif [ "$purpose" = lint ]; then
   needs clang-tidy has_program clang-tidy
 fi
