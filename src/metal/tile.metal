@@ -5,9 +5,14 @@
 
 #include "semantics/portable.h"
 
+#define FA_UNROLL _Pragma("clang loop unroll(full)")
+
 namespace flash_attn {
 
 constant constexpr short fragment_size = 8;
+
+/// Fragments that cover so many rows or columns.
+METAL_FUNC constexpr int fragments(int size) { return (size + fragment_size - 1) / fragment_size; }
 
 /// The two elements of an 8 x 8 fragment that this lane holds: (row, column) and (row, column + 1).
 template <class T>
@@ -23,6 +28,23 @@ METAL_FUNC LanePlace place_of_lane(uint lane) {
   const short quad = short(lane) / 4;
   return {short((quad & 4) + (short(lane) / 2) % 4), short((quad & 2) * 2 + (short(lane) % 2) * 2)};
 }
+
+/// Eight rows of a matrix, or eight columns of its transpose.
+template <int fragments_across>
+struct Tile {
+  Fragment<float> fragment[fragments_across];
+
+  METAL_FUNC void fill(float x) thread {
+    FA_UNROLL
+    for (short i = 0; i < fragments_across; ++i) fragment[i] = Fragment<float>(x);
+  }
+
+  /// Each row by its own factor: a lane's elements are all of one row.
+  METAL_FUNC void scale_rows(float factor) thread {
+    FA_UNROLL
+    for (short i = 0; i < fragments_across; ++i) fragment[i] *= factor;
+  }
+};
 
 /// D += A B of three fragments, in float32.
 template <class A, class B>
