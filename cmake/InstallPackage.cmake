@@ -3,7 +3,7 @@ include(GNUInstallDirs)
 include(CMakePackageConfigHelpers)
 
 set(package_dir "${CMAKE_INSTALL_LIBDIR}/cmake/FlashAttnMLX")
-install(TARGETS flash_attn flash_attn_cpu EXPORT FlashAttnMLXTargets COMPONENT cpp)
+install(TARGETS flash_attn flash_attn_cpu flash_attn_metal EXPORT FlashAttnMLXTargets COMPONENT cpp)
 install(DIRECTORY include/flash_attn TYPE INCLUDE COMPONENT cpp)
 install(
   EXPORT FlashAttnMLXTargets

@@ -10,6 +10,7 @@ file(GLOB python_sources CONFIGURE_DEPENDS python/*.cpp)
 # NB_DOMAIN mlx: types are shared with mlx.core, so that mx.array converts.
 nanobind_add_module(_core NB_STATIC NB_DOMAIN mlx ${python_sources})
 target_link_libraries(_core PRIVATE flash_attn flash_attn_options)
+target_include_directories(_core PRIVATE src) # of _set_metal_launcher
 
 # In site-packages libmlx lies two folders up, in mlx/lib.
 if(APPLE)

@@ -16,6 +16,7 @@
 #include "flash_attn/device.h"
 #include "flash_attn/kvcache_attention.h"
 #include "mlx/mlx.h"
+#include "ops/metal_launch.h"
 
 namespace nb = nanobind;
 namespace mx = mlx::core;
@@ -140,6 +141,17 @@ void bind_kvcache(nb::module_& module) {
   module.def("validate_paged_kv_params", flash_attn::validate_paged_kv_params);
 }
 
+/// For tests: Metal kernels go to the MetalLauncher in the capsule; None undoes it.
+void bind_metal_launcher(nb::module_& module) {
+  module.def(
+      "_set_metal_launcher",
+      [](std::optional<nb::capsule> launcher) {
+        flash_attn::set_metal_launcher(launcher ? *static_cast<flash_attn::MetalLauncher*>(launcher->data())
+                                                : flash_attn::MetalLauncher());
+      },
+      "launcher"_a.none());
+}
+
 /// Every attention function takes some arrays and sizes, then the options, and returns (out, lse, S_dmask, route).
 template <class... Arguments>
 void bind_attention(nb::module_& module, const char* name, AttentionResult (*function)(Arguments...)) {
@@ -152,6 +164,7 @@ NB_MODULE(_core, module) {
   translate_errors();
   bind_options(module);
   bind_kvcache(module);
+  bind_metal_launcher(module);
   bind_attention(module, "flash_attn_func", flash_attn::flash_attn_func);
   bind_attention(module, "flash_attn_qkvpacked_func", flash_attn::flash_attn_qkvpacked_func);
   bind_attention(module, "flash_attn_kvpacked_func", flash_attn::flash_attn_kvpacked_func);

@@ -9,11 +9,12 @@
 namespace flash_attn::metal {
 
 struct Kernel {
-  std::string name;                  // unique per specialisation: MLX keeps compiled text by it
-  std::vector<std::string> inputs;   // names in the text, in the order of the arrays; the first is "params"
+  std::string name;                 // unique per specialisation: MLX keeps compiled text by it
+  std::vector<std::string> inputs;  // names in the text, in the order of the arrays; the first is "params"
   std::vector<std::string> outputs;
   std::string header;                // #defines of the specialisation, then the semantics and the kernel's functions
   std::string source;                // the kernel's body
+  std::vector<std::int32_t> params;  // the values of that input, by Param
   std::array<int, 3> threadgroup;    // threads
   std::array<int, 3> threadgroups;   // how many
 };

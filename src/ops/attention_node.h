@@ -18,7 +18,7 @@ using Arrays = std::vector<mx::array>;
 
 /// Kernels read the small arrays as plain runs of values.
 inline OptionalInputs with_contiguous_vectors(OptionalInputs optional, mx::Stream stream) {
-  for (const auto& [member, is_run] : optional_inputs) {
+  for (const auto& [member, is_run, name] : optional_inputs) {
     auto& array = optional.*member;
     if (array && is_run) array = mx::contiguous(*array, false, stream);
   }

@@ -13,32 +13,33 @@ namespace flash_attn {
 struct OptionalInput {
   std::optional<mx::array> OptionalInputs::*member;
   bool is_run;  // kernels read it as a plain run of values; the others in any strides
+  const char* name;
 };
 
 /// The order in which a node's inputs follow q, k and v.
 inline constexpr std::array<OptionalInput, 22> optional_inputs = {{
-    {&OptionalInputs::attn_mask, false},
-    {&OptionalInputs::learnable_sink, true},
-    {&OptionalInputs::alibi_slopes, true},
-    {&OptionalInputs::cu_seqlens_q, true},
-    {&OptionalInputs::cu_seqlens_k, true},
-    {&OptionalInputs::seqused_q, true},
-    {&OptionalInputs::seqused_k, true},
-    {&OptionalInputs::dropout_key, true},
-    {&OptionalInputs::k_scales, false},
-    {&OptionalInputs::k_biases, false},
-    {&OptionalInputs::v_scales, false},
-    {&OptionalInputs::v_biases, false},
-    {&OptionalInputs::qv, false},
-    {&OptionalInputs::block_table, true},
-    {&OptionalInputs::cache_batch_idx, true},
-    {&OptionalInputs::cache_leftpad, true},
-    {&OptionalInputs::k_new, false},
-    {&OptionalInputs::v_new, false},
-    {&OptionalInputs::cu_seqlens_k_new, true},
-    {&OptionalInputs::rotary_cos, true},
-    {&OptionalInputs::rotary_sin, true},
-    {&OptionalInputs::rotary_seqlens, true},
+    {&OptionalInputs::attn_mask, false, "attn_mask"},
+    {&OptionalInputs::learnable_sink, true, "learnable_sink"},
+    {&OptionalInputs::alibi_slopes, true, "alibi_slopes"},
+    {&OptionalInputs::cu_seqlens_q, true, "cu_seqlens_q"},
+    {&OptionalInputs::cu_seqlens_k, true, "cu_seqlens_k"},
+    {&OptionalInputs::seqused_q, true, "seqused_q"},
+    {&OptionalInputs::seqused_k, true, "seqused_k"},
+    {&OptionalInputs::dropout_key, true, "dropout_key"},
+    {&OptionalInputs::k_scales, false, "k_scales"},
+    {&OptionalInputs::k_biases, false, "k_biases"},
+    {&OptionalInputs::v_scales, false, "v_scales"},
+    {&OptionalInputs::v_biases, false, "v_biases"},
+    {&OptionalInputs::qv, false, "qv"},
+    {&OptionalInputs::block_table, true, "block_table"},
+    {&OptionalInputs::cache_batch_idx, true, "cache_batch_idx"},
+    {&OptionalInputs::cache_leftpad, true, "cache_leftpad"},
+    {&OptionalInputs::k_new, false, "k_new"},
+    {&OptionalInputs::v_new, false, "v_new"},
+    {&OptionalInputs::cu_seqlens_k_new, true, "cu_seqlens_k_new"},
+    {&OptionalInputs::rotary_cos, true, "rotary_cos"},
+    {&OptionalInputs::rotary_sin, true, "rotary_sin"},
+    {&OptionalInputs::rotary_seqlens, true, "rotary_seqlens"},
 }};
 
 /// Bit i: optional_inputs[i] is there.

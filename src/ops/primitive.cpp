@@ -1,6 +1,5 @@
 #include "ops/primitive.h"
 
-#include <functional>
 #include <memory>
 #include <stdexcept>
 #include <string>
@@ -10,59 +9,13 @@
 #include "mlx/ops.h"
 #include "ops/attention_node.h"
 #include "ops/cpu_views.h"
+#include "ops/metal_attention.h"
 #include "ops/strided_copy.h"
 #include "ops/vjp.h"
+#include "ops/vmap_by_slices.h"
 
 namespace flash_attn {
 namespace {
-
-/// `inputs` without their mapped axes, at one position along them.
-Arrays slice_at(const Arrays& inputs, const std::vector<int>& axes, int position, mx::Stream stream) {
-  Arrays slice;
-  for (std::size_t i = 0; i < inputs.size(); ++i) {
-    slice.push_back(axes[i] < 0 ? inputs[i] : mx::take(inputs[i], position, axes[i], stream));
-  }
-  return slice;
-}
-
-/// What slices of `inputs` would look like where there are none.
-Arrays imagined_slice(const Arrays& inputs, const std::vector<int>& axes, mx::Stream stream) {
-  Arrays slice;
-  for (std::size_t i = 0; i < inputs.size(); ++i) {
-    mx::Shape shape = inputs[i].shape();
-    if (axes[i] >= 0) shape.erase(shape.begin() + axes[i]);
-    slice.push_back(mx::zeros(shape, inputs[i].dtype(), stream));
-  }
-  return slice;
-}
-
-/// vmap of any function of arrays: apply it to each slice, stack the results. So dropout, lengths and masks mean for every
-/// slice what they mean without vmap.
-std::pair<Arrays, std::vector<int>> vmap_by_slices(const Arrays& inputs, const std::vector<int>& axes, mx::Stream stream,
-                                                   const std::function<Arrays(const Arrays&)>& apply) {
-  int slices = 0;
-  for (std::size_t i = 0; i < inputs.size(); ++i) {
-    if (axes[i] >= 0) slices = inputs[i].shape(axes[i]);
-  }
-  Arrays stacked;
-  if (slices == 0) {
-    for (const mx::array& output : apply(imagined_slice(inputs, axes, stream))) {
-      mx::Shape shape = output.shape();
-      shape.insert(shape.begin(), 0);
-      stacked.push_back(mx::zeros(shape, output.dtype(), stream));
-    }
-  } else {
-    std::vector<Arrays> columns;
-    for (int position = 0; position < slices; ++position) {
-      const Arrays outputs = apply(slice_at(inputs, axes, position, stream));
-      columns.resize(outputs.size());
-      for (std::size_t i = 0; i < outputs.size(); ++i) columns[i].push_back(outputs[i]);
-    }
-    for (const Arrays& column : columns) stacked.push_back(mx::stack(column, 0, stream));
-  }
-  std::vector<int> stacked_axes(stacked.size(), 0);
-  return {std::move(stacked), std::move(stacked_axes)};
-}
 
 /// Kernels read the codes of a quantised row side by side: a last axis that is not contiguous is copied.
 void make_rows_of_codes_whole(AttentionCall& call) {
@@ -191,6 +144,7 @@ class FlashAttentionVJP final : public AttentionNode {
 }  // namespace
 
 AttentionOutputs attention_node(const AttentionCall& given) {
+  if (runs_on_metal(given.stream)) return metal_attention(given);
   AttentionCall call = given;
   call.optional = with_contiguous_vectors(std::move(call.optional), call.stream);
   auto outputs = mx::array::make_arrays({out_shape(call), lse_shape(call)}, {call.q.dtype(), mx::float32},
@@ -200,6 +154,7 @@ AttentionOutputs attention_node(const AttentionCall& given) {
 
 GradientSet backward_node(const AttentionCall& given, const AttentionOutputs& outputs, const AttentionCotangents& cotangents,
                           WantedGradients wanted) {
+  if (runs_on_metal(given.stream)) return metal_backward(given, outputs, cotangents, wanted);
   AttentionCall call = given;
   call.optional = with_contiguous_vectors(std::move(call.optional), call.stream);
   Arrays inputs = node_inputs(call);

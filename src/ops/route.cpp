@@ -6,6 +6,8 @@
 
 #include "ops/env.h"
 #include "ops/inputs.h"
+#include "ops/metal_launch.h"
+#include "ops/require.h"
 
 namespace flash_attn {
 namespace {
@@ -13,6 +15,15 @@ namespace {
 bool is_traced(const AttentionCall& call) {
   const std::vector<mx::array> inputs = node_inputs(call);
   return std::any_of(inputs.begin(), inputs.end(), [](const mx::array& input) { return input.is_tracer(); });
+}
+
+/// Empty where the Metal kernels take the call.
+std::string why_not_metal_kernel(const AttentionProblem& problem) {
+  // Beyond it O and Q of eight rows no longer fit into the registers of two simdgroups.
+  constexpr int largest_head_dim = 256;
+  const int head_dim = std::max(problem.head_dim, problem.head_dim_v);
+  if (problem.cached || head_dim <= largest_head_dim) return {};
+  return text("head dim ", head_dim, ": the Metal kernels of training and prefill take at most ", largest_head_dim);
 }
 
 }  // namespace
@@ -46,6 +57,24 @@ std::string why_not_sdpa(const AttentionCall& call, const AttentionOptions& opti
   return {};
 }
 
+namespace {
+
+Route metal_route(const AttentionCall& call, const AttentionOptions& options, env::RouteWish wish) {
+  using Target = Route::Target;
+  const std::string no_kernel = why_not_metal_kernel(call.problem);
+  if (wish == env::RouteWish::kernel) {
+    if (!no_kernel.empty()) throw std::invalid_argument("[flash_attn] FLASH_ATTENTION_MLX_ROUTE=kernel: " + no_kernel);
+    return {Target::kernel, "FLASH_ATTENTION_MLX_ROUTE=kernel"};
+  }
+  const std::string no_sdpa = why_not_sdpa(call, options);
+  if (no_sdpa.empty() && !is_traced(call)) return {Target::sdpa, "MLX's SDPA is fused on Metal and computes the same"};
+  const std::string no_sdpa_here = no_sdpa.empty() ? "under a transformation the LSE may be wanted" : no_sdpa;
+  if (!no_kernel.empty()) return {Target::reference, no_kernel + ", and MLX's SDPA cannot: " + no_sdpa_here};
+  return {Target::kernel, no_sdpa_here};
+}
+
+}  // namespace
+
 Route choose_route(const AttentionCall& call, const AttentionOptions& options) {
   using Target = Route::Target;
   if (env::force_reference()) return {Target::reference, "FLASH_ATTENTION_MLX_REF=1"};
@@ -58,6 +87,7 @@ Route choose_route(const AttentionCall& call, const AttentionOptions& options) {
     }
     return {Target::sdpa, "FLASH_ATTENTION_MLX_ROUTE=sdpa"};
   }
+  if (runs_on_metal(call.stream)) return metal_route(call, options, wish);
   if (!on_gpu) return {Target::kernel, "on the CPU MLX's SDPA is unfused and slower at every shape"};
 
   const std::string no_kernel = "no kernel for the GPU is in this build";

@@ -8,7 +8,7 @@ namespace {
 /// Which gradient each of the node's inputs has, if any.
 std::vector<std::optional<Differentiable>> differentiable_inputs(const AttentionCall& call) {
   std::vector<std::optional<Differentiable>> result = {wrt_q, wrt_k, wrt_v};
-  for (const auto& [member, is_run] : optional_inputs) {
+  for (const auto& [member, is_run, name] : optional_inputs) {
     const auto& array = call.optional.*member;
     if (!array) continue;
     if (member == &OptionalInputs::attn_mask && array->dtype() != mx::bool_) {

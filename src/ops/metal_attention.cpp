@@ -1,0 +1,155 @@
+#include "ops/metal_attention.h"
+
+#include <cstdlib>
+#include <limits>
+#include <stdexcept>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "mlx/backend/metal/metal.h"
+#include "mlx/ops.h"
+#include "ops/attention_node.h"
+#include "ops/vjp.h"
+#include "ops/whole_rows.h"
+#include "reference/reference.h"
+
+namespace flash_attn {
+namespace {
+
+std::string metal_type(const mx::array& array) {
+  switch (array.dtype().val()) {
+    case mx::Dtype::Val::bfloat16:
+      return "bfloat16_t";
+    case mx::Dtype::Val::float16:
+      return "half";
+    case mx::Dtype::Val::float32:
+      return "float";
+    case mx::Dtype::Val::bool_:
+      return "bool";
+    case mx::Dtype::Val::int8:
+      return "int8_t";
+    case mx::Dtype::Val::int32:
+      return "int";
+    case mx::Dtype::Val::uint32:
+      return "uint32_t";
+    default:
+      throw std::logic_error("[flash_attn] a dtype that no Metal kernel takes");
+  }
+}
+
+/// Nothing to launch: no output, or no key.
+bool is_empty(const AttentionCall& call) {
+  return call.q.size() == 0 || call.k.size() == 0 || call.v.size() == 0 || call.problem.max_seqlen_q == 0 ||
+         call.problem.max_seqlen_k == 0 || call.problem.batch == 0;
+}
+
+// ---- backward
+
+Arrays no_second_derivative(const Arrays&, const Arrays&, const std::vector<int>&, const Arrays&) {
+  throw NotImplementedError(
+      "[flash_attn] flash attention has no second derivative; FLASH_ATTENTION_MLX_REF=1 computes with MLX ops, which have one");
+}
+
+/// d sink = sum over rows of -P(sink) D: the sink is a key whose value is 0. Rows that are not there have an LSE of -inf.
+mx::array sink_gradient(const AttentionCall& call, const mx::array& lse, const mx::array& delta) {
+  const mx::Stream stream = call.stream;
+  const mx::array sink = mx::expand_dims(*call.optional.learnable_sink, -1, stream);
+  const mx::array there = mx::greater(lse, mx::array(-std::numeric_limits<float>::infinity()), stream);
+  const mx::array probability = mx::exp(mx::subtract(sink, lse, stream), stream);
+  const mx::array terms = mx::where(there, mx::multiply(probability, delta, stream), mx::array(0.0f), stream);
+  const std::vector<int> all_but_heads = call.problem.varlen ? std::vector<int>{1} : std::vector<int>{0, 2};
+  return mx::negative(mx::sum(terms, all_but_heads, /*keepdims=*/false, stream), stream);
+}
+
+}  // namespace
+
+metal::Operands metal_operands(const AttentionCall& call) {
+  metal::Operands operands;
+  operands.arrays = {{"q", metal_type(call.q)}, {"k", metal_type(call.k)}, {"v", metal_type(call.v)}};
+  for (const OptionalInput& input : optional_inputs) {
+    if (const auto& array = call.optional.*input.member) operands.arrays.push_back({input.name, metal_type(*array)});
+  }
+  const OptionalInputs& optional = call.optional;
+  operands.alibi_per_sequence = optional.alibi_slopes && optional.alibi_slopes->ndim() == 2;
+  operands.codes_are_affine = optional.k_biases.has_value();
+  if (optional.k_scales) operands.code_bits = operands.codes_are_affine ? call.k.shape(-1) * 32 / call.problem.head_dim : 8;
+  return operands;
+}
+
+AttentionCall readable_by_metal(AttentionCall call) {
+  call.optional = with_contiguous_vectors(std::move(call.optional), call.stream);
+  for (mx::array* tensor : {&call.q, &call.k, &call.v}) *tensor = with_whole_rows(*tensor, call.stream);
+  if (call.optional.qv) call.optional.qv = with_whole_rows(*call.optional.qv, call.stream);
+  return call;
+}
+
+metal::Gpu metal_gpu() {
+  if (!mx::metal::is_available()) return {};
+  // "applegpu_g15s": generation 15, s for Max.
+  const auto& info = mx::metal::device_info();
+  const auto found = info.find("architecture");
+  if (found == info.end()) return {};
+  const auto* architecture = std::get_if<std::string>(&found->second);
+  const std::size_t digits = architecture ? architecture->find_first_of("0123456789") : std::string::npos;
+  return {digits == std::string::npos ? 0 : std::atoi(architecture->c_str() + digits)};
+}
+
+AttentionOutputs metal_attention(const AttentionCall& given) {
+  if (is_empty(given)) {
+    const reference::Result result = reference::attention(given);
+    return {result.out, result.lse};
+  }
+  const AttentionCall call = readable_by_metal(given);
+  const auto vjp = [problem = call.problem, present = presence(call.optional), stream = call.stream](
+                       const Arrays& inputs, const Arrays& cotangents, const std::vector<int>& argnums, const Arrays& outputs) {
+    return attention_vjp(call_of_node(problem, present, inputs, stream), {outputs[0], outputs[1]},
+                         {cotangents[0], cotangents[1]}, argnums);
+  };
+  const Arrays outputs = launch_metal(metal::forward_kernel(call.problem, metal_operands(call), metal_gpu()), node_inputs(call),
+                                      {out_shape(call), lse_shape(call)}, {call.q.dtype(), mx::float32}, call.stream, vjp);
+  return {outputs[0], outputs[1]};
+}
+
+GradientSet metal_backward(const AttentionCall& given, const AttentionOutputs& outputs, const AttentionCotangents& cotangents,
+                           WantedGradients wanted) {
+  const AttentionCall call = readable_by_metal(given);
+  const AttentionProblem& problem = call.problem;
+  const mx::Stream stream = call.stream;
+  const metal::Operands operands = metal_operands(call);
+  const auto launch = [&](const metal::Kernel& kernel, const Arrays& inputs, const std::vector<mx::Shape>& shapes,
+                          mx::Dtype dtype) {
+    const std::vector<mx::Dtype> dtypes(shapes.size(), dtype);
+    return launch_metal(kernel, inputs, shapes, dtypes, stream, no_second_derivative);
+  };
+
+  const mx::array out = with_whole_rows(outputs.out, stream);
+  const mx::array dout = with_whole_rows(cotangents.dout, stream);
+  const mx::array lse = mx::contiguous(outputs.lse, false, stream);
+  const mx::array dlse = mx::contiguous(cotangents.dlse, false, stream);
+  const mx::array delta = launch(metal::delta_kernel(problem, operands), {out, dout, dlse}, {lse.shape()}, mx::float32)[0];
+  Arrays inputs = node_inputs(call);
+  inputs.insert(inputs.end(), {dout, lse, delta});
+
+  GradientSet gradients;
+  const metal::Gpu gpu = metal_gpu();
+  if (wanted[wrt_q]) {
+    const metal::Kernel kernel = metal::backward_dq_kernel(problem, operands, gpu);
+    gradients[wrt_q] = launch(kernel, inputs, {call.q.shape()}, call.q.dtype())[0];
+  }
+  if (wanted[wrt_k] || wanted[wrt_v]) {
+    const metal::Kernel kernel = metal::backward_dkv_kernel(problem, operands, gpu);
+    const Arrays dkv = launch(kernel, inputs, {call.k.shape(), call.v.shape()}, call.q.dtype());
+    gradients[wrt_k] = dkv[0];
+    gradients[wrt_v] = dkv[1];
+  }
+  if (wanted[wrt_attn_mask]) {
+    const mx::Shape& shape = call.optional.attn_mask->shape();
+    const metal::Kernel kernel = metal::mask_gradient_kernel(problem, operands, {shape[0], shape[1], shape[2], shape[3]}, gpu);
+    gradients[wrt_attn_mask] = launch(kernel, inputs, {shape}, mx::float32)[0];
+  }
+  if (wanted[wrt_learnable_sink]) gradients[wrt_learnable_sink] = sink_gradient(call, lse, delta);
+  return gradients;
+}
+
+}  // namespace flash_attn

@@ -1,0 +1,136 @@
+#include "ops/metal_launch.h"
+
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <utility>
+
+#include "flash_attn/attention.h"
+#include "mlx/backend/metal/metal.h"
+#include "mlx/fast.h"
+#include "mlx/ops.h"
+#include "mlx/primitives.h"
+#include "ops/vmap_by_slices.h"
+
+namespace flash_attn {
+namespace {
+
+using Arrays = std::vector<mx::array>;
+
+std::vector<mx::array> launch_by_mlx(const MetalLaunch& launch) {
+  const auto kernel = mx::fast::metal_kernel(launch.name, launch.input_names, launch.output_names, launch.source, launch.header,
+                                             /*ensure_row_contiguous=*/false);
+  return kernel(launch.inputs, launch.output_shapes, launch.output_dtypes, launch.grid, launch.threadgroup,
+                /*template_args=*/{}, /*init_value=*/std::nullopt, /*verbose=*/false, launch.stream);
+}
+
+class TestLauncher {
+ public:
+  void set(MetalLauncher launcher) {
+    const std::lock_guard lock(mutex_);
+    launcher_ = std::move(launcher);
+  }
+
+  MetalLauncher get() const {
+    const std::lock_guard lock(mutex_);
+    return launcher_;
+  }
+
+ private:
+  mutable std::mutex mutex_;
+  MetalLauncher launcher_;
+};
+
+TestLauncher& test_launcher() {
+  static TestLauncher launcher;
+  return launcher;
+}
+
+/// The arguments of launch_metal but for its arrays.
+struct Launch {
+  metal::Kernel kernel;
+  std::vector<mx::Shape> output_shapes;
+  std::vector<mx::Dtype> output_dtypes;
+  mx::Stream stream;
+  MetalVJP vjp;
+};
+
+/// A launch as a node of our own. MLX's node of it has no vmap, not even inside custom_function, and its errors name nothing
+/// that a caller knows.
+class FlashAttentionMetal final : public mx::Primitive {
+ public:
+  FlashAttentionMetal(Launch launch, std::shared_ptr<mx::Primitive> node)
+      : mx::Primitive(launch.stream), launch_(std::move(launch)), node_(std::move(node)) {}
+
+  const char* name() const override { return launch_.kernel.name.c_str(); }
+
+  void eval_cpu(const Arrays& inputs, Arrays& outputs) override { node_->eval_cpu(inputs, outputs); }
+
+  void eval_gpu(const Arrays& inputs, Arrays& outputs) override { node_->eval_gpu(inputs, outputs); }
+
+  Arrays vjp(const Arrays& primals, const Arrays& cotangents, const std::vector<int>& argnums, const Arrays& outputs) override {
+    std::vector<int> without_params;
+    for (const int argnum : argnums) without_params.push_back(argnum - 1);
+    return launch_.vjp(Arrays(primals.begin() + 1, primals.end()), cotangents, without_params, outputs);
+  }
+
+  Arrays jvp(const Arrays&, const Arrays&, const std::vector<int>&) override {
+    throw NotImplementedError(
+        "[flash_attn] flash attention has no jvp (forward-mode derivative); FLASH_ATTENTION_MLX_REF=1 computes with MLX ops "
+        "that may have one");
+  }
+
+  std::pair<Arrays, std::vector<int>> vmap(const Arrays& inputs, const std::vector<int>& axes) override {
+    return vmap_by_slices(Arrays(inputs.begin() + 1, inputs.end()), std::vector<int>(axes.begin() + 1, axes.end()), stream(),
+                          [this](const Arrays& slice) { return launch_on(slice); });
+  }
+
+  std::vector<mx::Shape> output_shapes(const Arrays&) override {
+    throw NotImplementedError("[flash_attn] on Metal attention cannot be traced with shapeless=True");
+  }
+
+ private:
+  /// A slice may have any strides; kernels ask for whole rows.
+  Arrays launch_on(Arrays slice) {
+    for (mx::array& input : slice) input = mx::contiguous(input, false, stream());
+    return launch_metal(launch_.kernel, slice, launch_.output_shapes, launch_.output_dtypes, stream(), launch_.vjp);
+  }
+
+  Launch launch_;
+  std::shared_ptr<mx::Primitive> node_;  // MLX's
+};
+
+}  // namespace
+
+void set_metal_launcher(MetalLauncher launcher) { test_launcher().set(std::move(launcher)); }
+
+bool runs_on_metal(mx::Stream stream) {
+  return test_launcher().get() || (stream.device == mx::Device::gpu && mx::metal::is_available());
+}
+
+std::vector<mx::array> launch_metal(const metal::Kernel& kernel, const std::vector<mx::array>& inputs,
+                                    const std::vector<mx::Shape>& output_shapes, const std::vector<mx::Dtype>& output_dtypes,
+                                    mx::Stream stream, const MetalVJP& vjp) {
+  Arrays with_params = {mx::array(kernel.params.begin(), {static_cast<int>(kernel.params.size())}, mx::int32)};
+  with_params.insert(with_params.end(), inputs.begin(), inputs.end());
+  const auto [x, y, z] = kernel.threadgroup;
+  const auto [groups_x, groups_y, groups_z] = kernel.threadgroups;
+  const MetalLaunch launch = {.name = kernel.name,
+                              .input_names = kernel.inputs,
+                              .output_names = kernel.outputs,
+                              .source = kernel.source,
+                              .header = kernel.header,
+                              .inputs = with_params,
+                              .output_shapes = output_shapes,
+                              .output_dtypes = output_dtypes,
+                              .grid = {groups_x * x, groups_y * y, groups_z * z},
+                              .threadgroup = {x, y, z},
+                              .stream = stream};
+  const MetalLauncher by_test = test_launcher().get();
+  const Arrays launched = by_test ? by_test(launch) : launch_by_mlx(launch);
+  auto node = std::make_shared<FlashAttentionMetal>(Launch{kernel, output_shapes, output_dtypes, stream, vjp},
+                                                    launched.at(0).primitive_ptr());
+  return mx::array::make_arrays(output_shapes, output_dtypes, node, with_params);
+}
+
+}  // namespace flash_attn
