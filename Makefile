@@ -51,7 +51,7 @@ bench: build ## Benchmark against MLX's SDPA, PyTorch if installed, and the mach
 	$(BIN)/python benchmarks/benchmark_flash_attn_mlx.py $(BENCH_ARGS)
 
 .PHONY: bench-peers
-bench-peers: build ## Install PyTorch (large) into .venv, so that make bench compares with it
+bench-peers: build ## Install PyTorch (large), ONNX Runtime and OpenVINO into .venv, so that make bench compares with them
 	PYTHON=$(BIN)/python benchmarks/install_peers.sh
 
 .PHONY: test

@@ -43,13 +43,15 @@ from cases import (
 )
 from ceilings import Ceilings
 from kv_bench import kv_configs, run_kv_config
+from onnxruntime_peer import OnnxRuntime
+from openvino_peer import OpenVino
 from peers import Implementation, Ours, Reference, Sdpa, Torch, make_inputs
 from targets import evaluate, evaluate_decode
 from timing import Timing, first_run, interleave
 
 HERE = Path(__file__).resolve().parent
 OUTPUT = HERE.parent / "bench-out"
-PEERS = ("sdpa", "reference", "torch")
+PEERS = ("sdpa", "reference", "torch", "onnxruntime", "openvino")
 
 Row = dict[str, Any]
 
@@ -226,7 +228,15 @@ def measure_all(args: argparse.Namespace, console: Console, ceilings: Ceilings) 
     if args.quick and args.peers is not None:
         cases = [case.restricted_to(args.peers) for case in cases]
     implementations: dict[str, Implementation] = {
-        peer.name: peer for peer in (Ours(), Sdpa(), Reference(), Torch(ceilings.threads))
+        peer.name: peer
+        for peer in (
+            Ours(),
+            Sdpa(),
+            Reference(),
+            Torch(ceilings.threads),
+            OnnxRuntime(ceilings.threads),
+            OpenVino(ceilings.threads),
+        )
     }
     warm_up(implementations)
     results = Results()

@@ -29,6 +29,14 @@ FEATURES: dict[str, dict[str, object]] = {
     "varlen": {"varlen": True},
 }
 
+# Which of the fast peers have a feature in their fused kernels.
+PEERS_OF_FEATURES: dict[str, tuple[str, ...]] = {
+    "softcap 30": ("onnxruntime",),
+    "window (512, 0)": ("onnxruntime",),
+    "GQA 4:1": ("torch", "onnxruntime"),
+    "attn_mask": ("torch",),
+}
+
 DTYPE_NAMES = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
 
 
@@ -110,22 +118,22 @@ def with_feature(case: Case, name: str) -> Case:
 
 def quick_cases() -> list[Case]:
     """What `make bench` measures, within minutes on two cores. The slow peers come where they say most."""
-    everyone: tuple[str, ...] = ("sdpa", "reference", "torch")
+    fast: tuple[str, ...] = ("torch", "onnxruntime", "openvino")
+    everyone = ("sdpa", "reference", *fast)
     cases = [
         Case("shapes", seqlen=512, head_dim=64, steps=steps, peers=everyone) for steps in PASSES
     ]  # fmt: skip
     for steps, head_dim, causal in itertools.product(PASSES, (128, 64), (True, False)):
         headline = steps == FORWARD and head_dim == 128 and causal
-        peers = everyone if headline else everyone[-1:]
+        peers = everyone if headline else fast
         cases.append(Case("shapes", head_dim=head_dim, causal=causal, steps=steps, peers=peers))
     for dtype in ("bfloat16", "float16"):
-        cases.append(Case("dtypes", dtype=dtype, peers=("torch",), compare_with_plain=True))
+        cases.append(Case("dtypes", dtype=dtype, peers=fast, compare_with_plain=True))
     for steps, head_dim in itertools.product(PASSES, (128, 64)):
         plain = Case("features", head_dim=head_dim, steps=steps)
         for name in FEATURES:
             if name != "plain":
-                has_peer = name in ("GQA 4:1", "attn_mask")
-                cases.append(replace(with_feature(plain, name), peers=("torch",) if has_peer else ()))
+                cases.append(replace(with_feature(plain, name), peers=PEERS_OF_FEATURES.get(name, ())))
     return cases
 
 

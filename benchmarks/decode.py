@@ -44,10 +44,9 @@ def _run_case(
     calls = {"ours": _rotating(turn, decode_peers.ours(case, pool))}
     if half:
         calls["float16"] = _rotating(turn, decode_peers.ours(replace(case, dtype="float16"), half))
-    if reasons.get("sdpa") == "":
-        calls["sdpa"] = _rotating(turn, decode_peers.mlx_sdpa(case, pool))
-    if reasons.get("torch") == "":
-        calls["torch"] = _rotating(turn, decode_peers.pytorch(case, pool, threads))
+    for peer, reason in reasons.items():
+        if not reason:
+            calls[peer] = _rotating(turn, decode_peers.prepare(peer, case, pool, threads))
     timings = {name: first_run(call) for name, call in calls.items()}
     interleave(calls, timings, once_if_slow=peers, iters=5)
     float16 = timings.pop("float16", None)

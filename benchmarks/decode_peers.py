@@ -8,11 +8,13 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+import onnxruntime_peer
+import openvino_peer
 from cache_pool import CachePool
 from cases import INT8, DecodeCase
 from timing import Call
 
-PEERS = ("sdpa", "torch")
+PEERS = ("sdpa", "torch", onnxruntime_peer.NAME, openvino_peer.NAME)
 
 
 def _query(case: DecodeCase, *axes: int) -> mx.array:
@@ -82,6 +84,20 @@ def pytorch(case: DecodeCase, pool: CachePool, threads: int) -> list[Call]:
 
 def missing(peer: str, case: DecodeCase) -> str:
     """Why a peer cannot do the case; empty when it can."""
+    if peer == onnxruntime_peer.NAME:
+        return onnxruntime_peer.decode_missing(case)
+    if peer == openvino_peer.NAME:
+        return openvino_peer.decode_missing(case)
     if peer == "torch" and importlib.util.find_spec("torch") is None:
         return "not installed (make bench-peers)"
     return "no int8 cache" if case.dtype == INT8 else ""
+
+
+def prepare(peer: str, case: DecodeCase, pool: CachePool, threads: int) -> list[Call]:
+    if peer == "sdpa":
+        return mlx_sdpa(case, pool)
+    if peer == "torch":
+        return pytorch(case, pool, threads)
+    if peer == onnxruntime_peer.NAME:
+        return onnxruntime_peer.decode(case, pool, threads)
+    return openvino_peer.decode(case, threads)

@@ -17,7 +17,14 @@ from report import IMPLEMENTATION_NAMES, gflops
 
 Row = dict[str, Any]
 
-COLOURS = {"ours": "#1f6fb4", "torch": "#e08214", "sdpa": "#7a7a7a", "reference": "#b9b9b9"}
+COLOURS = {
+    "ours": "#1f6fb4",
+    "torch": "#e08214",
+    "onnxruntime": "#4d9221",
+    "openvino": "#8073ac",
+    "sdpa": "#7a7a7a",
+    "reference": "#b9b9b9",
+}
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 TARGET_OF_PLAIN = 0.8
 

@@ -16,7 +16,10 @@ from targets import Target
 
 Row = dict[str, Any]
 
-IMPLEMENTATION_NAMES = {"ours": "ours", "sdpa": "MLX SDPA", "reference": "composed", "torch": "PyTorch"}
+IMPLEMENTATION_NAMES = {
+    "ours": "ours", "sdpa": "MLX SDPA", "reference": "composed", "torch": "PyTorch",
+    "onnxruntime": "ONNX Runtime", "openvino": "OpenVINO",
+}  # fmt: skip
 
 
 def make_console() -> Console:
