@@ -20,39 +20,33 @@ DEFAULT_DEFINES = {
     "FA_SPLIT_D": "1",
 }
 
-# Element type of each array that a body may name, in the order of a launch.
-INPUT_TYPES = {
-    "params": "int",
-    "q": "FA_T",
-    "k": "FA_T",
-    "v": "FA_T",
-    "attn_mask": "FA_MASK_T",
-    "learnable_sink": "float",
-    "alibi_slopes": "float",
-    "cu_seqlens_q": "int",
-    "cu_seqlens_k": "int",
-    "seqused_q": "int",
-    "seqused_k": "int",
-    "dropout_key": "uint",
-    "k_scales": "FA_CODE_SCALE_T",
-    "k_biases": "FA_CODE_SCALE_T",
-    "v_scales": "FA_CODE_SCALE_T",
-    "v_biases": "FA_CODE_SCALE_T",
-    "qv": "FA_T",
-    "block_table": "int",
-    "cache_batch_idx": "int",
-    "cache_leftpad": "int",
-    "rotary_cos": "FA_T",
-    "rotary_sin": "FA_T",
-    "out": "FA_T",
-    "dout": "FA_T",
-    "dlse": "float",
-    "lse": "float",
-    "delta": "float",
-    "out_partial": "float",
-    "lse_partial": "float",
+# What a call may bring, in the order of a launch: its element type, and the flag that says it is there.
+OPTIONAL_INPUTS = {
+    "attn_mask": ("FA_MASK_T", "FA_ATTN_MASK"),
+    "learnable_sink": ("float", "FA_SINK"),
+    "alibi_slopes": ("float", "FA_ALIBI"),
+    "cu_seqlens_q": ("int", "FA_VARLEN"),
+    "cu_seqlens_k": ("int", "FA_VARLEN"),
+    "seqused_q": ("int", "FA_SEQUSED_Q"),
+    "seqused_k": ("int", "FA_SEQUSED_K"),
+    "dropout_key": ("uint", "FA_DROPOUT"),
+    "k_scales": ("FA_CODE_SCALE_T", "FA_K_CODES"),
+    "k_biases": ("FA_CODE_SCALE_T", "FA_K_CODES"),
+    "v_scales": ("FA_CODE_SCALE_T", "FA_V_CODES"),
+    "v_biases": ("FA_CODE_SCALE_T", "FA_V_CODES"),
+    "qv": ("FA_T", "FA_QV"),
+    "block_table": ("int", "FA_PAGED"),
+    "cache_batch_idx": ("int", "FA_BATCH_IDX"),
+    "cache_leftpad": ("int", "FA_LEFTPAD"),
 }
-OUTPUT_TYPES = {
+GRADIENT_INPUTS = {"dout": "FA_T", "lse": "float", "delta": "float"}
+# Kernels that do not read q, k, v and the optional inputs.
+OWN_INPUTS = {
+    "delta": {"out": "FA_T", "dout": "FA_T", "dlse": "float"},
+    "combine": {"out_partial": "float", "lse_partial": "float"},
+    "rotary": {"x": "FA_T", "rotary_cos": "FA_T", "rotary_sin": "FA_T", "seqused_k": "int"},
+}
+OUTPUTS = {
     "forward": {"out": "FA_T", "lse": "float"},
     "decode": {"out": "FA_T", "lse": "float", "out_partial": "float", "lse_partial": "float"},
     "combine": {"out": "FA_T", "lse": "float"},
@@ -81,8 +75,8 @@ class KernelText:
     text: str
 
 
-def flatten(path: Path, seen: set[Path] | None = None) -> str:
-    """The file with its includes in their places, each once, without comments and blank lines."""
+def flatten(path: Path, root: Path = SOURCES, seen: set[Path] | None = None) -> str:
+    """The file with its includes from `root` in their places, each once, without comments and blank lines."""
     seen = set() if seen is None else seen
     seen.add(path.resolve())
     lines = []
@@ -91,8 +85,8 @@ def flatten(path: Path, seen: set[Path] | None = None) -> str:
         if include is None:
             if line.strip() and not re.match(r"\s*#\s*pragma\s+once", line):
                 lines.append(line.rstrip())
-        elif (SOURCES / include[1]).exists() and (SOURCES / include[1]).resolve() not in seen:
-            lines.append(flatten(SOURCES / include[1], seen))
+        elif (root / include[1]).exists() and (root / include[1]).resolve() not in seen:
+            lines.append(flatten(root / include[1], root, seen))
     return "\n".join(lines)
 
 
@@ -106,7 +100,7 @@ def kernel_of_file(path: Path, defines: dict[str, str], small_arrays: str = "dev
     """The text of a file of src/metal, with the signature that MLX would write.
 
     MLX passes arrays of fewer than eight elements as `constant`; a body has to compile either way, so `small_arrays` is the
-    space of all arrays but params, q, k, v and the results.
+    space of the optional ones.
     """
     defines = DEFAULT_DEFINES | defines
     header, *body = re.split(r"^FA_BODY$", flatten(path), flags=re.MULTILINE)
@@ -123,26 +117,32 @@ def _signature(kernel: str, body: str, defines: dict[str, str], small_arrays: st
     def named(word: str) -> bool:
         return re.search(rf"\b{word}\b", body) is not None
 
-    outputs = OUTPUT_TYPES.get(kernel, {})
+    outputs = OUTPUTS.get(kernel, {})
     parameters = []
-    for name, element in INPUT_TYPES.items():
-        if name in outputs or not named(name):
-            continue
-        if name in ("k", "v") and (codes := defines.get(f"FA_{name.upper()}_CODES")):
-            element = CODES[codes]
-        elif element == "FA_CODE_SCALE_T":
-            element = defines.get(element, "float")
-        elif element == "FA_MASK_T":
-            element = defines.get(element, "bool")
-        space = "device" if name in ("params", "q", "k", "v", "out", "dout") else small_arrays
+    for name, element in _inputs(kernel, defines).items():
+        space = small_arrays if name in OPTIONAL_INPUTS else "device"
         parameters.append(f"const {space} {element}* {name}")
-        if named(f"{name}_shape"):
+        if f"{name}_shape" in body:
             parameters.append(f"const constant int* {name}_shape")
-        if named(f"{name}_strides"):
+        if f"{name}_strides" in body:
             parameters.append(f"const constant int64_t* {name}_strides")
-        if named(f"{name}_ndim"):
+        if f"{name}_ndim" in body:
             parameters.append(f"const constant int& {name}_ndim")
     parameters += [f"device {element}* {name}" for name, element in outputs.items() if named(name)]
     parameters = [f"{parameter} [[buffer({i})]]" for i, parameter in enumerate(parameters)]
     parameters += [f"{kind} {name} [[{name}]]" for name, kind in POSITIONS.items() if named(name)]
     return ",\n  ".join(parameters)
+
+
+def _inputs(kernel: str, defines: dict[str, str]) -> dict[str, str]:
+    """Element types by name, in the order of a launch."""
+    if kernel in OWN_INPUTS:
+        return {"params": "int", **OWN_INPUTS[kernel]}
+    inputs = {"params": "int", "q": "FA_T"}
+    inputs |= {name: CODES.get(defines.get(f"FA_{name.upper()}_CODES", ""), "FA_T") for name in ("k", "v")}
+    for name, (element, flag) in OPTIONAL_INPUTS.items():
+        exact_codes = name.endswith("_biases") and defines.get(flag) == "1"
+        starts_of_a_cache = name == "cu_seqlens_k" and "FA_CACHED" in defines
+        if flag in defines and not exact_codes and not starts_of_a_cache:
+            inputs[name] = element
+    return inputs | (GRADIENT_INPUTS if kernel in OUTPUTS and kernel not in ("forward", "decode") else {})

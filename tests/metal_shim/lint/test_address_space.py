@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -35,7 +36,7 @@ METAL_FUNC flash_attn::Fragment<float> pair(float x) { return flash_attn::Fragme
   add(sum, first_of(q) + first_of(lengths) + pair(sum).x);
   flash_attn::Fragment<float> d = flash_attn::Fragment<float>(0.0f);
   flash_attn::multiply_accumulate(d, flash_attn::Fragment<half>(q[0], q[1]), flash_attn::Fragment<float>(sum, sum));
-  const device half4* rows = (const device half4*)(q);
+  const device half4* rows = reinterpret_cast<const device half4*>(q);
   const float4 row = float4(rows[0]);
   out[threadgroup_position_in_grid.x] = sum + d.y + row.w;
 }
@@ -60,7 +61,7 @@ PLANTED = {
     "a device element for a thread reference": ("add(sum, ", "add(out[0], "),
     "a pointer without an address space": ("threadgroup const float* values", "const float* values"),
     "a local pointer without an address space": ("float sum = sum_of", "float* p = shared; float sum = sum_of"),
-    "a reinterpret_cast across spaces": ("(const device half4*)(q)", "reinterpret_cast<const threadgroup half4*>(q)"),
+    "a reinterpret_cast across spaces": ("reinterpret_cast<const device", "reinterpret_cast<const threadgroup"),
     "a double literal": ("* half_of_all", "* 0.5"),
     "a vector of too many values": ("Fragment<float>(x, 1.0f)", "Fragment<float>(x, 1.0f, x)"),
     "half4 to float4 unasked": ("float4(rows[0])", "rows[0]"),
@@ -77,11 +78,25 @@ def test_planted_error_is_refused(planted):
     assert "error:" in errors(*PLANTED[planted])
 
 
-def test_a_body_gets_the_arrays_it_names(tmp_path: Path):
+# Apple's compiler takes these, so the pass must.
+MLX_KERNELS = {
+    "sdpa_vector.h": "sdpa_vector<bfloat16_t, 64, 64>",
+    "steel/attn/kernels/steel_attention.h": "attention<half, 32, 16, 128, 128, 4, 1>",
+}
+
+
+@pytest.mark.parametrize("file", MLX_KERNELS)
+def test_mlx_kernels_pass(file):
+    root = Path(next(iter(find_spec("mlx").submodule_search_locations))) / "include"
+    text = flatten(root / "mlx/backend/metal/kernels" / file, root)
+    assert errors_of(f"{text}\nconstant auto instance = &{MLX_KERNELS[file]};\n") == ""
+
+
+def test_a_file_gets_the_signature_of_a_launch(tmp_path: Path):
     file = tmp_path / "forward.metal"
     file.write_text('#include "metal/tile.metal"\nFA_BODY\nout[q_strides[0]] = FA_T(seqused_k[0]) + q[params[0]]; // lse\n')
-    text = kernel_of_file(file, {"FA_T": "bfloat16_t"}, "constant").text
-    assert "const constant int* seqused_k [[buffer(3)]]" in text
-    assert "device FA_T* out" in text
+    text = kernel_of_file(file, {"FA_T": "bfloat16_t", "FA_SEQUSED_K": "1"}, "constant").text
+    assert "const constant int* seqused_k [[buffer(5)]]" in text
+    assert "device FA_T* out [[buffer(6)]]" in text
     assert "device float* lse" not in text
     assert errors_of(text) == ""
