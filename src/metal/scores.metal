@@ -54,7 +54,7 @@ METAL_FUNC long mask_stride(Shape shape, Strides strides, int axis) {
 }
 
 template <class Slopes, class MaskShape, class MaskStrides>
-METAL_FUNC ScoreRow score_row(
+METAL_FUNC ScoreRow score_row_of(
     const device int* params, Sequence sequence, QueryRow row, Slopes slopes, MaskShape mask_shape, MaskStrides mask_strides) {
   ScoreRow score;
   score.keys = visible_keys(sequence.rule, row.query);

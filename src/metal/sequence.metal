@@ -170,6 +170,8 @@ struct QueryRow {
 
 METAL_FUNC QueryRow query_of_row(int row, int kv_head) { return {row / FA_GROUP, kv_head * FA_GROUP + row % FA_GROUP}; }
 
+METAL_FUNC int blocks_of(int rows, int block) { return (rows + block - 1) / block; }
+
 METAL_FUNC int packed_rows(Sequence sequence) { return sequence.q.length * FA_GROUP; }
 
 // What packed rows see together.

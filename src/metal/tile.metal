@@ -29,20 +29,52 @@ METAL_FUNC LanePlace place_of_lane(uint lane) {
   return {short((quad & 4) + (short(lane) / 2) % 4), short((quad & 2) * 2 + (short(lane) % 2) * 2)};
 }
 
-/// Eight rows of a matrix, or eight columns of its transpose.
-template <int fragments_across>
+/// Eight rows of a matrix.
+template <int columns, class T = float>
 struct Tile {
-  Fragment<float> fragment[fragments_across];
+  Fragment<T> fragment[columns];  // `columns` counts fragments
 
-  METAL_FUNC void fill(float x) thread {
+  METAL_FUNC void fill(T x) thread {
     FA_UNROLL
-    for (short i = 0; i < fragments_across; ++i) fragment[i] = Fragment<float>(x);
+    for (short i = 0; i < columns; ++i) fragment[i] = Fragment<T>(x);
   }
 
   /// Each row by its own factor: a lane's elements are all of one row.
-  METAL_FUNC void scale_rows(float factor) thread {
+  METAL_FUNC void scale_rows(T factor) thread {
     FA_UNROLL
-    for (short i = 0; i < fragments_across; ++i) fragment[i] *= factor;
+    for (short i = 0; i < columns; ++i) fragment[i] *= factor;
+  }
+};
+
+/// Neighbours in memory, moved one by one: the compiler joins them as far as their alignment allows.
+template <class T, int count>
+struct Run {
+  T values[count];
+
+  METAL_FUNC void fill(T x) thread {
+    FA_UNROLL
+    for (short i = 0; i < count; ++i) values[i] = x;
+  }
+
+  template <class Pointer>
+  METAL_FUNC void load(Pointer from) thread {
+    FA_UNROLL
+    for (short i = 0; i < count; ++i) values[i] = T(from[i]);
+  }
+
+  /// The first `available` of them.
+  template <class Pointer>
+  METAL_FUNC void load_some(Pointer from, int available) thread {
+    FA_UNROLL
+    for (short i = 0; i < count; ++i) {
+      if (i < available) values[i] = T(from[i]);
+    }
+  }
+
+  template <class Pointer>
+  METAL_FUNC void store(Pointer to) const thread {
+    FA_UNROLL
+    for (short i = 0; i < count; ++i) to[i] = values[i];
   }
 };
 

@@ -1,0 +1,132 @@
+// A block of keys in threadgroup memory: K in pairs, V in rows.
+//
+// A lane's two elements of K^T are two keys at one head dim. Pairs of keys are therefore interleaved when they are stored,
+//   K [keys / 2][dims][2],   V [keys][dims],
+// so that every fragment of either is read by lanes in pairs of neighbours; the padding spreads a fragment's rows over all banks.
+#pragma once
+
+#include "metal/key_source.metal"
+#include "metal/tile.metal"
+
+namespace flash_attn {
+
+#if FA_K_CODES || FA_V_CODES
+using Stored = float;  // what codes stand for is not rounded
+#else
+using Stored = FA_T;
+#endif
+
+constant constexpr int threads = FA_SIMDGROUPS * 32;
+constant constexpr int threadgroup_memory_limit = 32 * 1024;
+
+// In fragments. Simdgroups that share rows have a part of the head dims each.
+constant constexpr int key_tiles = FA_BK / fragment_size;
+constant constexpr int dim_tiles = (fragments(FA_D) + FA_SPLIT_D - 1) / FA_SPLIT_D;
+constant constexpr int value_tiles = (fragments(FA_DV) + FA_SPLIT_D - 1) / FA_SPLIT_D;
+
+constant constexpr int stored_dims = dim_tiles * FA_SPLIT_D * fragment_size;
+constant constexpr int stored_value_dims = value_tiles * FA_SPLIT_D * fragment_size;
+constant constexpr int key_pitch = 2 * stored_dims + (stored_dims / fragment_size % 2 == 0 ? 16 : 0);
+constant constexpr int value_pitch = stored_value_dims + 16 / int(sizeof(Stored));
+constant constexpr int key_block_size = FA_BK / 2 * key_pitch;
+constant constexpr int value_block_size = FA_BK * value_pitch;
+
+// One memory for both where two do not fit beside what simdgroups tell each other.
+constant constexpr int partial_scores_size = FA_SPLIT_D > 1 ? FA_SIMDGROUPS * fragment_size * FA_BK : 1;
+constant constexpr bool shares_memory =
+    (key_block_size + value_block_size) * int(sizeof(Stored)) + partial_scores_size * 4 > threadgroup_memory_limit;
+// Whether K of the next block can be loaded while V of this one is in use, and the other way round.
+#ifdef FA_QV
+constant constexpr bool scores_values = true;
+#else
+constant constexpr bool scores_values = false;
+#endif
+constant constexpr bool overlaps = !shares_memory && !scores_values;
+static_assert(!(shares_memory && scores_values), "with qv, K and V are needed at once");
+constant constexpr int key_memory_size = shares_memory && value_block_size > key_block_size ? value_block_size : key_block_size;
+constant constexpr int value_memory_size = shares_memory ? 1 : value_block_size;
+
+// Where a kv head's K or V come from.
+template <class Keys, class Tensor>
+struct KeyRows {
+  Keys keys;
+  Tensor tensor;
+  int kv_head;
+
+  /// Head dims of `key` from `dim` on; zeros unless it is `needed`: NaN may stand in other keys.
+  METAL_FUNC Run<Stored, key_run> run(int key, int dim, KeyRange needed) const thread {
+    Run<Stored, key_run> run = {};
+    if (!contains(needed, key, key + 1)) return run;
+    const KeySlot slot = keys.slot(key);
+    if (slot.exists()) run = tensor.run(slot, kv_head, dim);
+    return run;
+  }
+};
+
+template <class Keys, class Tensor>
+METAL_FUNC KeyRows<Keys, Tensor> key_rows(Keys keys, Tensor tensor, int kv_head) {
+  return {keys, tensor, kv_head};
+}
+
+/// Keys [key, key + FA_BK), of which the block's rows see those that are `needed`.
+template <class Rows>
+METAL_FUNC void load_keys(threadgroup Stored* k, Rows rows, int key, KeyRange needed, uint thread_index) {
+  constexpr int runs = stored_dims / key_run;
+  for (int i = int(thread_index); i < FA_BK / 2 * runs; i += threads) {
+    const int pair = i / runs;
+    const int dim = i % runs * key_run;
+    const Run<Stored, key_run> even = rows.run(key + 2 * pair, dim, needed);
+    const Run<Stored, key_run> odd = rows.run(key + 2 * pair + 1, dim, needed);
+    threadgroup Stored* to = k + pair * key_pitch + 2 * dim;
+    FA_UNROLL
+    for (short j = 0; j < key_run; ++j) {
+      to[2 * j] = even.values[j];
+      to[2 * j + 1] = odd.values[j];
+    }
+  }
+}
+
+template <class Rows>
+METAL_FUNC void load_values(threadgroup Stored* v, Rows rows, int key, KeyRange needed, uint thread_index) {
+  constexpr int runs = stored_value_dims / key_run;
+  for (int i = int(thread_index); i < FA_BK * runs; i += threads) {
+    const int row = i / runs;
+    const int dim = i % runs * key_run;
+    const Run<Stored, key_run> run = rows.run(key + row, dim, needed);
+    threadgroup Stored* to = v + row * value_pitch + dim;
+    FA_UNROLL
+    for (short j = 0; j < key_run; ++j) to[j] = run.values[j];
+  }
+}
+
+// ---- keys in pages that do not exist are invisible
+
+METAL_FUNC bool is_missing(Absent, int) { return false; }
+METAL_FUNC bool is_missing(const threadgroup short* missing, int i) { return missing[i] != 0; }
+
+template <class Keys>
+METAL_FUNC void find_missing(Absent, Keys, int, KeyRange, uint) {}
+template <class Keys>
+METAL_FUNC void find_missing(threadgroup short* missing, Keys keys, int key, KeyRange needed, uint thread_index) {
+  const int i = int(thread_index);
+  if (i < FA_BK) missing[i] = contains(needed, key + i, key + i + 1) && !keys.slot(key + i).exists() ? 1 : 0;
+}
+
+// ---- fragments
+
+/// K^T of eight head dims and eight keys.
+METAL_FUNC Fragment<float> key_fragment(const threadgroup Stored* k, int dim, int key, LanePlace place) {
+  return load_fragment<float>(k + (key + place.column) / 2 * key_pitch + 2 * (dim + place.row), {0, 0}, 0, 1);
+}
+
+/// V of eight keys and eight head dims.
+METAL_FUNC Fragment<float> value_fragment(const threadgroup Stored* v, int key, int dim, LanePlace place) {
+  return load_fragment<float>(v + key * value_pitch + dim, place, value_pitch, 1);
+}
+
+/// ... transposed, where V is scored too.
+METAL_FUNC Fragment<float> transposed_value_fragment(const threadgroup Stored* v, int dim, int key, LanePlace place) {
+  return load_fragment<float>(v + key * value_pitch + dim, place, 1, value_pitch);
+}
+
+}  // namespace flash_attn
