@@ -45,6 +45,41 @@ int usable_cpus() {
   return std::max(1, cpus);
 }
 
+// The CPUs on which a region's threads began. A worker woken from sleep often starts on the CPU of the thread that woke it, and
+// Linux lets the two share it for milliseconds while another CPU idles: longer than many a region lasts.
+class UsedCpus {
+ public:
+#if defined(__linux__)
+  UsedCpus() { CPU_ZERO(&used_); }
+
+  /// Called by every thread of the region, one at a time: true when another is on its CPU already.
+  bool add_this_thread() {
+    const int cpu = sched_getcpu();
+    if (cpu < 0 || cpu >= CPU_SETSIZE) return false;
+    const bool is_shared = CPU_ISSET(cpu, &used_);
+    CPU_SET(cpu, &used_);
+    return is_shared;
+  }
+
+  /// Moves this thread to a CPU that is not used, if it may run on one. Where it may run stays as it was.
+  void move_this_thread() const {
+    cpu_set_t allowed;
+    cpu_set_t free;
+    if (sched_getaffinity(0, sizeof(allowed), &allowed) != 0) return;
+    CPU_XOR(&free, &allowed, &used_);
+    CPU_AND(&free, &free, &allowed);
+    if (CPU_COUNT(&free) == 0 || sched_setaffinity(0, sizeof(free), &free) != 0) return;
+    sched_setaffinity(0, sizeof(allowed), &allowed);
+  }
+
+ private:
+  cpu_set_t used_;
+#else
+  bool add_this_thread() { return false; }
+  void move_this_thread() const {}
+#endif
+};
+
 // A region in progress. Lives on its caller's stack; workers hold it only while `workers_inside` counts them.
 struct Region {
   std::int64_t count;
@@ -54,9 +89,10 @@ struct Region {
   std::atomic<std::int64_t> next_task{0};
   int next_slot = 1;       // slot 0 is the caller's; guarded by the pool's mutex
   int workers_inside = 0;  // guarded by the pool's mutex
+  UsedCpus cpus;           // guarded by the pool's mutex
   Region* next_region = nullptr;
-  std::mutex failure_mutex;
-  std::exception_ptr failure;  // the first
+  std::mutex failure_mutex{};
+  std::exception_ptr failure{};  // the first
 
   bool exhausted() const { return next_task.load(std::memory_order_relaxed) >= count; }
 
@@ -77,6 +113,7 @@ class Pool {
   void run(Region& region) {
     {
       std::lock_guard lock(mutex_);
+      region.cpus.add_this_thread();
       region.next_region = regions_;
       regions_ = &region;
       const auto helpers = static_cast<int>(std::min<std::int64_t>(region.max_slots, region.count) - 1);
@@ -109,7 +146,10 @@ class Pool {
       wake_workers_.wait(lock, [&] { return (region = open_region()) != nullptr; });
       const int slot = region->next_slot++;
       ++region->workers_inside;
+      const bool shares_cpu = region->cpus.add_this_thread();
+      const UsedCpus cpus = region->cpus;
       lock.unlock();
+      if (shares_cpu) cpus.move_this_thread();
       region->work(slot);
       lock.lock();
       if (--region->workers_inside == 0) region_left_.notify_all();
