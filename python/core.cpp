@@ -17,6 +17,8 @@
 #include "flash_attn/kvcache_attention.h"
 #include "mlx/mlx.h"
 #include "ops/metal_launch.h"
+#include "ops/metal_probe.h"
+#include "ops/warn.h"
 
 namespace nb = nanobind;
 namespace mx = mlx::core;
@@ -141,15 +143,22 @@ void bind_kvcache(nb::module_& module) {
   module.def("validate_paged_kv_params", flash_attn::validate_paged_kv_params);
 }
 
-/// For tests: Metal kernels go to the MetalLauncher in the capsule; None undoes it.
+void warn_in_python(const std::string& message) {
+  const nb::gil_scoped_acquire acquired;
+  if (PyErr_WarnEx(PyExc_RuntimeWarning, message.c_str(), 2) < 0) throw nb::python_error();
+}
+
+/// For tests: Metal kernels go to the MetalLauncher in the capsule; None undoes it. What was learnt of kernels is forgotten.
 void bind_metal_launcher(nb::module_& module) {
   module.def(
       "_set_metal_launcher",
-      [](std::optional<nb::capsule> launcher) {
-        flash_attn::set_metal_launcher(launcher ? *static_cast<flash_attn::MetalLauncher*>(launcher->data())
-                                                : flash_attn::MetalLauncher());
+      [](std::optional<nb::capsule> launcher, bool probe) {
+        flash_attn::set_metal_launcher(
+            launcher ? *static_cast<flash_attn::MetalLauncher*>(launcher->data()) : flash_attn::MetalLauncher(), probe);
+        flash_attn::forget_probes();
+        flash_attn::forget_warnings();
       },
-      "launcher"_a.none());
+      "launcher"_a.none(), "probe"_a = false);
 }
 
 /// Every attention function takes some arrays and sizes, then the options, and returns (out, lse, S_dmask, route).
@@ -162,6 +171,7 @@ void bind_attention(nb::module_& module, const char* name, AttentionResult (*fun
 
 NB_MODULE(_core, module) {
   translate_errors();
+  flash_attn::set_warning_sink(warn_in_python);
   bind_options(module);
   bind_kvcache(module);
   bind_metal_launcher(module);

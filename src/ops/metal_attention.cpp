@@ -9,7 +9,9 @@
 
 #include "mlx/backend/metal/metal.h"
 #include "mlx/ops.h"
+#include "mlx/transforms.h"
 #include "ops/attention_node.h"
+#include "ops/metal_probe.h"
 #include "ops/vjp.h"
 #include "ops/whole_rows.h"
 #include "reference/reference.h"
@@ -62,6 +64,19 @@ mx::array sink_gradient(const AttentionCall& call, const mx::array& lse, const m
   return mx::negative(mx::sum(terms, all_but_heads, /*keepdims=*/false, stream), stream);
 }
 
+/// Which input arrays MLX passes as `constant`: their address space is part of the text.
+std::string address_spaces(const Arrays& inputs) {
+  constexpr std::size_t least_in_device = 8;
+  std::string spaces;
+  for (const mx::array& input : inputs) spaces += input.size() < least_in_device ? 'c' : 'd';
+  return spaces;
+}
+
+AttentionOutputs reference_forward(const AttentionCall& call) {
+  const reference::Result result = reference::attention(call);
+  return {result.out, result.lse};
+}
+
 }  // namespace
 
 metal::Operands metal_operands(const AttentionCall& call) {
@@ -95,11 +110,9 @@ metal::Gpu metal_gpu() {
   return {digits == std::string::npos ? 0 : std::atoi(architecture->c_str() + digits)};
 }
 
-AttentionOutputs metal_attention(const AttentionCall& given) {
-  if (is_empty(given)) {
-    const reference::Result result = reference::attention(given);
-    return {result.out, result.lse};
-  }
+namespace {
+
+AttentionOutputs forward_by_kernel(const AttentionCall& given) {
   const AttentionCall call = readable_by_metal(given);
   const auto vjp = [problem = call.problem, present = presence(call.optional), stream = call.stream](
                        const Arrays& inputs, const Arrays& cotangents, const std::vector<int>& argnums, const Arrays& outputs) {
@@ -111,8 +124,8 @@ AttentionOutputs metal_attention(const AttentionCall& given) {
   return {outputs[0], outputs[1]};
 }
 
-GradientSet metal_backward(const AttentionCall& given, const AttentionOutputs& outputs, const AttentionCotangents& cotangents,
-                           WantedGradients wanted) {
+GradientSet backward_by_kernels(const AttentionCall& given, const AttentionOutputs& outputs,
+                                const AttentionCotangents& cotangents, WantedGradients wanted) {
   const AttentionCall call = readable_by_metal(given);
   const AttentionProblem& problem = call.problem;
   const mx::Stream stream = call.stream;
@@ -140,8 +153,8 @@ GradientSet metal_backward(const AttentionCall& given, const AttentionOutputs& o
   if (wanted[wrt_k] || wanted[wrt_v]) {
     const metal::Kernel kernel = metal::backward_dkv_kernel(problem, operands, gpu);
     const Arrays dkv = launch(kernel, inputs, {call.k.shape(), call.v.shape()}, call.q.dtype());
-    gradients[wrt_k] = dkv[0];
-    gradients[wrt_v] = dkv[1];
+    if (wanted[wrt_k]) gradients[wrt_k] = dkv[0];
+    if (wanted[wrt_v]) gradients[wrt_v] = dkv[1];
   }
   if (wanted[wrt_attn_mask]) {
     const mx::Shape& shape = call.optional.attn_mask->shape();
@@ -150,6 +163,87 @@ GradientSet metal_backward(const AttentionCall& given, const AttentionOutputs& o
   }
   if (wanted[wrt_learnable_sink]) gradients[wrt_learnable_sink] = sink_gradient(call, lse, delta);
   return gradients;
+}
+
+/// The call with some of its differentiable arrays replaced.
+AttentionCall with_arrays(AttentionCall call, WantedGradients which, const Arrays& arrays) {
+  auto next = arrays.begin();
+  if (which[wrt_q]) call.q = *next++;
+  if (which[wrt_k]) call.k = *next++;
+  if (which[wrt_v]) call.v = *next++;
+  if (which[wrt_attn_mask]) call.optional.attn_mask = *next++;
+  if (which[wrt_learnable_sink]) call.optional.learnable_sink = *next++;
+  return call;
+}
+
+GradientSet backward_by_reference(const AttentionCall& call, const AttentionCotangents& cotangents, WantedGradients wanted) {
+  const GradientSet differentiable = {call.q, call.k, call.v, call.optional.attn_mask, call.optional.learnable_sink};
+  Arrays primals;
+  for (std::size_t i = 0; i < wanted.size(); ++i) {
+    if (wanted[i]) primals.push_back(*differentiable[i]);
+  }
+  const auto forward = [&](const Arrays& arrays) {
+    const auto [out, lse] = reference_forward(with_arrays(call, wanted, arrays));
+    return Arrays{out, lse};
+  };
+  const Arrays arrays = mx::vjp(forward, primals, {cotangents.dout, cotangents.dlse}).second;
+  GradientSet gradients;
+  auto next = arrays.begin();
+  for (std::size_t i = 0; i < wanted.size(); ++i) {
+    if (wanted[i]) gradients[i] = *next++;
+  }
+  return gradients;
+}
+
+Probe forward_probe(const AttentionCall& call) {
+  const auto both = [](const AttentionOutputs& outputs) { return Arrays{outputs.out, outputs.lse}; };
+  const metal::Kernel kernel = metal::forward_kernel(call.problem, metal_operands(call), metal_gpu());
+  return {.texts = kernel.name + address_spaces(node_inputs(call)),
+          .by_kernel = [both](const AttentionCall& small) { return both(forward_by_kernel(small)); },
+          .by_reference = [both](const AttentionCall& small) { return both(reference_forward(small)); }};
+}
+
+Probe backward_probe(const AttentionCall& call, const AttentionCotangents& cotangents, WantedGradients wanted) {
+  const auto gradients_of = [wanted](const AttentionCall& small, auto backward) {
+    const AttentionOutputs outputs = reference_forward(small);
+    // Any cotangents do; these differ from element to element.
+    const AttentionCotangents cotangents = {mx::sin(mx::multiply(outputs.out, mx::array(7.0f, outputs.out.dtype()))),
+                                            mx::where(mx::isfinite(outputs.lse), mx::cos(outputs.lse), mx::array(0.0f))};
+    Arrays arrays;
+    for (auto& gradient : backward(outputs, cotangents)) {
+      if (gradient) arrays.push_back(*gradient);
+    }
+    return arrays;
+  };
+  Arrays inputs = node_inputs(call);
+  inputs.insert(inputs.end(), {cotangents.dout, cotangents.dlse});
+  const metal::Kernel kernel = metal::backward_dkv_kernel(call.problem, metal_operands(call), metal_gpu());
+  return {.texts = kernel.name + wanted.to_string() + address_spaces(inputs),
+          .by_kernel =
+              [=](const AttentionCall& small) {
+                return gradients_of(small, [&](const AttentionOutputs& outputs, const AttentionCotangents& small_cotangents) {
+                  return backward_by_kernels(small, outputs, small_cotangents, wanted);
+                });
+              },
+          .by_reference =
+              [=](const AttentionCall& small) {
+                return gradients_of(small, [&](const AttentionOutputs&, const AttentionCotangents& small_cotangents) {
+                  return backward_by_reference(small, small_cotangents, wanted);
+                });
+              }};
+}
+
+}  // namespace
+
+AttentionOutputs metal_attention(const AttentionCall& call) {
+  if (is_empty(call) || !is_trusted(call, forward_probe(call))) return reference_forward(call);
+  return forward_by_kernel(call);
+}
+
+GradientSet metal_backward(const AttentionCall& call, const AttentionOutputs& outputs, const AttentionCotangents& cotangents,
+                           WantedGradients wanted) {
+  if (!is_trusted(call, backward_probe(call, cotangents, wanted))) return backward_by_reference(call, cotangents, wanted);
+  return backward_by_kernels(call, outputs, cotangents, wanted);
 }
 
 }  // namespace flash_attn

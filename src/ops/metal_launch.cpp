@@ -24,26 +24,20 @@ std::vector<mx::array> launch_by_mlx(const MetalLaunch& launch) {
                 /*template_args=*/{}, /*init_value=*/std::nullopt, /*verbose=*/false, launch.stream);
 }
 
-class TestLauncher {
- public:
-  void set(MetalLauncher launcher) {
-    const std::lock_guard lock(mutex_);
-    launcher_ = std::move(launcher);
-  }
-
-  MetalLauncher get() const {
-    const std::lock_guard lock(mutex_);
-    return launcher_;
-  }
-
- private:
-  mutable std::mutex mutex_;
-  MetalLauncher launcher_;
+struct TestLauncher {
+  std::mutex mutex;
+  MetalLauncher launcher;
+  bool probe = false;
 };
 
 TestLauncher& test_launcher() {
-  static TestLauncher launcher;
-  return launcher;
+  static TestLauncher instance;
+  return instance;
+}
+
+MetalLauncher launcher_of_test() {
+  const std::lock_guard lock(test_launcher().mutex);
+  return test_launcher().launcher;
 }
 
 /// The arguments of launch_metal but for its arrays.
@@ -102,10 +96,19 @@ class FlashAttentionMetal final : public mx::Primitive {
 
 }  // namespace
 
-void set_metal_launcher(MetalLauncher launcher) { test_launcher().set(std::move(launcher)); }
+void set_metal_launcher(MetalLauncher launcher, bool probe) {
+  const std::lock_guard lock(test_launcher().mutex);
+  test_launcher().launcher = std::move(launcher);
+  test_launcher().probe = probe;
+}
+
+bool metal_launches_are_probed() {
+  const std::lock_guard lock(test_launcher().mutex);
+  return !test_launcher().launcher || test_launcher().probe;
+}
 
 bool runs_on_metal(mx::Stream stream) {
-  return test_launcher().get() || (stream.device == mx::Device::gpu && mx::metal::is_available());
+  return launcher_of_test() || (stream.device == mx::Device::gpu && mx::metal::is_available());
 }
 
 std::vector<mx::array> launch_metal(const metal::Kernel& kernel, const std::vector<mx::array>& inputs,
@@ -126,7 +129,7 @@ std::vector<mx::array> launch_metal(const metal::Kernel& kernel, const std::vect
                               .grid = {groups_x * x, groups_y * y, groups_z * z},
                               .threadgroup = {x, y, z},
                               .stream = stream};
-  const MetalLauncher by_test = test_launcher().get();
+  const MetalLauncher by_test = launcher_of_test();
   const Arrays launched = by_test ? by_test(launch) : launch_by_mlx(launch);
   auto node = std::make_shared<FlashAttentionMetal>(Launch{kernel, output_shapes, output_dtypes, stream, vjp},
                                                     launched.at(0).primitive_ptr());

@@ -29,11 +29,14 @@ struct MetalLaunch {
 /// Gives the outputs, as arrays of one primitive whose inputs are those of the launch.
 using MetalLauncher = std::function<std::vector<mx::array>(const MetalLaunch&)>;
 
-/// For tests: kernels go to `launcher` instead of MLX, on any stream and without a GPU. An empty one undoes it.
-void set_metal_launcher(MetalLauncher launcher);
+/// For tests: kernels go to `launcher` instead of MLX, on any stream and without a GPU. An empty one undoes it. `probe`:
+/// kernels are tried before they are used, as on a GPU.
+void set_metal_launcher(MetalLauncher launcher, bool probe = false);
 
 /// Whether attention on this stream is computed by the Metal kernels.
 bool runs_on_metal(mx::Stream stream);
+
+bool metal_launches_are_probed();
 
 /// The gradients of a launch with respect to inputs[argnums]. Arrays are those of the launch, without params.
 using MetalVJP =
