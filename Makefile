@@ -73,6 +73,13 @@ test-cpp: setup-test $(VENV)/.requirements ## The C++ tests of a release build
 test-neon: setup-neon $(VENV)/.requirements ## The C++ tests of the NEON level, cross-compiled, under qemu-user
 	$(call cpp_tests,neon)
 
+METAL_SHIM_BUILD := build/metal_shim
+
+.PHONY: metal-shim
+metal-shim: setup-test $(VENV)/.requirements ## Build the Metal shim, which runs the Metal kernels on the CPU
+	cmake -G Ninja -B $(METAL_SHIM_BUILD) -D FLASH_ATTN_METAL_SHIM=ON -D Python_EXECUTABLE=$(BIN)/python --log-level=WARNING
+	cmake --build $(METAL_SHIM_BUILD) --target metal_shim
+
 .PHONY: sanitize
 sanitize: setup-test $(VENV)/.requirements ## The C++ tests under ASan + UBSan, then under TSan
 	$(call cpp_tests,asan-ubsan)

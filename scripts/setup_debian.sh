@@ -28,6 +28,7 @@ if [ "$purpose" = test ]; then
   needs libgtest-dev has_header gtest/gtest.h
   needs clang has_program clang++
   needs libclang-rt-dev has_fuzzer
+  needs libboost-context-dev has_header boost/context/detail/fcontext.hpp
 elif [ "$purpose" = neon ]; then
   needs g++-aarch64-linux-gnu has_program aarch64-linux-gnu-g++
   needs qemu-user has_program qemu-aarch64

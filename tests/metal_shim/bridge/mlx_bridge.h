@@ -1,0 +1,25 @@
+// Between MLX and the shim: what mx::fast::metal_kernel would send to Apple's compiler, run on the CPU as part of the graph.
+#pragma once
+
+#include <cstdint>
+#include <map>
+#include <string>
+#include <vector>
+
+#include "metal_shim.h"
+#include "ops/metal_launch.h"
+
+namespace metal_shim {
+
+/// Arrays whose evaluation runs the launch under the shim. A Fault becomes the exception of the evaluation.
+std::vector<mlx::core::array> launch_on_shim(const flash_attn::MetalLaunch&, Mode, std::uint64_t seed);
+
+/// Of all runs since the last clear_reports, in order.
+std::vector<Report> reports();
+void clear_reports();
+void add_report(Report);
+
+/// The texts recorded so far, by the kernel's name.
+std::map<std::string, std::string> recorded_texts();
+
+}  // namespace metal_shim

@@ -1,0 +1,132 @@
+#include "compiler.h"
+
+#include <dlfcn.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cstdio>
+#include <cstdlib>
+#include <filesystem>
+#include <fstream>
+#include <iterator>
+#include <map>
+#include <sstream>
+#include <vector>
+
+namespace metal_shim {
+namespace {
+
+namespace fs = std::filesystem;
+
+std::string from_environment(const char* name, const char* otherwise) {
+  const char* value = std::getenv(name);
+  return value != nullptr ? value : otherwise;
+}
+
+std::string read(const fs::path& path) {
+  std::ifstream file(path, std::ios::binary);
+  return {std::istreambuf_iterator<char>(file), {}};
+}
+
+/// All that compiled texts include.
+const std::string& shim_headers() {
+  static const std::string all = [] {
+    std::vector<fs::path> paths;
+    for (const auto& entry : fs::recursive_directory_iterator(METAL_SHIM_INCLUDE_DIR)) {
+      if (entry.is_regular_file()) paths.push_back(entry.path());
+    }
+    std::sort(paths.begin(), paths.end());
+    std::string text;
+    for (const fs::path& path : paths) text += read(path);
+    return text;
+  }();
+  return all;
+}
+
+std::string fingerprint(const std::string& text) {
+  std::uint64_t hash[2] = {0xcbf29ce484222325u, 0x9ae16a3b2f90404fu};  // FNV-1a from two starts
+  for (const char c : text) {
+    for (std::uint64_t& h : hash) h = (h ^ static_cast<unsigned char>(c)) * 0x100000001b3u;
+  }
+  char name[40];
+  std::snprintf(name, sizeof name, "%016llx%016llx", static_cast<unsigned long long>(hash[0]),
+                static_cast<unsigned long long>(hash[1]));
+  return name;
+}
+
+/// What this machine's vectors are called. Never fused multiply-adds: results are the same on every machine.
+std::string machine_flags() {
+#if defined(__x86_64__)
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c") && __builtin_cpu_supports("fma")) {
+    return " -mavx2 -mf16c -mfma";
+  }
+#endif
+  return "";
+}
+
+std::string command_for(Mode mode) {
+  const std::string common =
+      " -x c++ -std=c++20 -g1 -fPIC -shared -fno-exceptions -fno-rtti -fno-strict-aliasing -ffp-contract=off -fsigned-char"
+      " -D__METAL_VERSION__=310 -w -I" METAL_SHIM_INCLUDE_DIR +
+      machine_flags();
+  const std::string gcc = from_environment("METAL_SHIM_GXX", "g++");
+  const std::string clang = from_environment("METAL_SHIM_CLANGXX", "clang++");
+  switch (mode) {
+    case Mode::fast:
+      return gcc + common + " -O2";
+    case Mode::hooks:
+      // Every access must reach a hook: no vector code that merges them, no calls of memcpy made of loops.
+      return clang + common +
+             " -O1 -fsanitize=thread -fno-vectorize -fno-slp-vectorize -fno-builtin -mllvm -tsan-instrument-func-entry-exit=0"
+             " -mllvm -tsan-instrument-atomics=0";
+    case Mode::sanitize:
+      return clang + common + " -O1 -fno-omit-frame-pointer -fsanitize=address,undefined -shared-libsan";
+  }
+  return {};
+}
+
+std::string quoted(const std::string& path) { return "'" + path + "'"; }
+
+/// Runs a command; what it prints is the error where it fails.
+void shell(const std::string& command) {
+  std::FILE* pipe = popen((command + " 2>&1").c_str(), "r");
+  if (pipe == nullptr) throw Fault(FaultKind::compile, "cannot run " + command);
+  std::string output;
+  char chunk[4096];
+  for (std::size_t n; (n = std::fread(chunk, 1, sizeof chunk, pipe)) > 0;) output.append(chunk, n);
+  if (pclose(pipe) != 0) throw Fault(FaultKind::compile, output.substr(0, 6000));
+}
+
+fs::path library_for(const Launch& launch, Mode mode) {
+  const std::string source = transpile(launch.text, launch.function);
+  const std::string command = command_for(mode) + from_environment("METAL_SHIM_FLAGS", "");
+  const fs::path cache = from_environment("METAL_SHIM_CACHE", METAL_SHIM_CACHE_DIR);
+  const std::string name = fingerprint(source + command + shim_headers());
+  const fs::path library = cache / (name + ".so");
+  if (fs::exists(library)) return library;
+  fs::create_directories(cache);
+  // Another process may be compiling the same: each has files of its own, and the last rename wins.
+  const std::string own = (cache / (name + "." + std::to_string(getpid()))).string();
+  std::ofstream(own + ".cpp") << source;
+  shell(command + " " + quoted(own + ".cpp") + " -o " + quoted(own + ".so") +
+        " -L" METAL_SHIM_LIBRARY_DIR " -Wl,-rpath," METAL_SHIM_LIBRARY_DIR " -lmetal_shim -lm");
+  fs::rename(own + ".cpp", cache / (name + ".cpp"));
+  fs::rename(own + ".so", library);
+  return library;
+}
+
+}  // namespace
+
+Kernel compile(const Launch& launch, Mode mode) {
+  static std::map<std::string, Kernel> loaded;
+  const std::string key = fingerprint(launch.text) + launch.function + std::to_string(static_cast<int>(mode));
+  if (const auto found = loaded.find(key); found != loaded.end()) return found->second;
+  void* library = dlopen(library_for(launch, mode).c_str(), RTLD_NOW | RTLD_LOCAL);
+  if (library == nullptr) throw Fault(FaultKind::compile, dlerror());
+  const Kernel kernel = reinterpret_cast<Kernel>(dlsym(library, "metal_shim_kernel"));
+  if (kernel == nullptr) throw Fault(FaultKind::compile, dlerror());
+  loaded.emplace(key, kernel);
+  return kernel;
+}
+
+}  // namespace metal_shim

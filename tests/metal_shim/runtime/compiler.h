@@ -1,0 +1,11 @@
+// Text to a function, by way of g++ or clang, kept by the hash of all that it depends on.
+#pragma once
+
+#include "metal_shim.h"
+#include "scheduler.h"
+
+namespace metal_shim {
+
+Kernel compile(const Launch&, Mode);
+
+}  // namespace metal_shim
