@@ -1,0 +1,120 @@
+// P and dS of eight rows and eight keys.
+#pragma once
+
+#include "metal/scores.metal"
+#include "metal/tile.metal"
+
+namespace flash_attn {
+
+constant constexpr float infinity = metal::numeric_limits<float>::infinity();
+
+// A query row in the lanes that have it.
+struct GradientRow {
+  ScoreRow score;
+  float lse_log2;
+  float delta;  // D
+};
+
+METAL_FUNC GradientRow gradient_row(ScoreRow score, float lse_log2, float delta) {
+  if (lse_log2 == infinity) score.keys = {0, 0};
+  return {score, lse_log2, delta};
+}
+
+/// Infinity, which makes every probability 0, where a row sees no key: by its range, or by what attn_mask left of that. What
+/// such a row holds counts as 0, for NaN may stand there.
+METAL_FUNC float lse_log2(float lse, KeyRange keys) {
+  return keys.begin < keys.end && lse != minus_infinity ? lse * log2_e : infinity;
+}
+
+// ---- what dropout multiplies a probability by: 0 or a factor
+
+struct KeepsAll {
+  METAL_FUNC float factor(ScoreRow, int) const thread { return 1.0f; }
+};
+
+METAL_FUNC KeepsAll dropout_of(const device int*, ScoreRow, int, Absent) { return {}; }
+
+#ifdef FA_DROPOUT
+struct Dropout {
+  DropoutCall call;
+  float scale;
+
+  METAL_FUNC float factor(ScoreRow row, int key) const thread { return call.keeps(row.query, uint(key)) ? scale : 0.0f; }
+};
+
+/// For keys of one run of 32 whose pair in a run of 8 is that of `key`.
+template <class Key>
+METAL_FUNC Dropout dropout_of(const device int* params, ScoreRow row, int key, Key philox_key) {
+  return {dropout_call(params, philox_key, row.dropout_head, row.query, uint(key)), dropout_scale(params)};
+}
+#endif
+
+// ---- gradients
+
+struct ScoreGradient {
+  Fragment<float> p;   // dropout(P)
+  Fragment<float> ds;  // of the score after softcap
+};
+
+/// From q.k and dP = dO V^T of the keys `key` and `key` + 1; unless `every` row of the fragment sees every key, they are masked.
+template <class Dropout, class Mask>
+METAL_FUNC ScoreGradient score_gradient(
+    Fragment<float> dot, Fragment<float> dp, GradientRow row, int key, bool every, ScoreScale scale, Dropout dropout, Mask mask) {
+  ScoreGradient gradient;
+  FA_UNROLL
+  for (short i = 0; i < 2; ++i) {
+    float s = score(dot[i], scale, row.score, key + i, mask);
+    if (!every) s = hidden(s, row.score, key + i);
+    const float p = metal::fast::exp2(s - row.lse_log2);
+    const float kept = dropout.factor(row.score, key + i);
+    gradient.p[i] = p * kept;
+    // Where P is 0 the key is masked, and so is whatever its V holds.
+    gradient.ds[i] = p == 0.0f ? 0.0f : p * ((kept == 0.0f ? 0.0f : dp[i] * kept) - row.delta);
+  }
+  return gradient;
+}
+
+/// dS of q.k, but for the scale.
+METAL_FUNC Fragment<float> dot_gradient(Fragment<float> ds, Fragment<float> dot, ScoreScale scale) {
+#ifdef FA_SOFTCAP
+  FA_UNROLL
+  for (short i = 0; i < 2; ++i) {
+    const float derivative = softcap_derivative(softcap_tanh<float, ScoreWords>(dot[i] * scale.query, 1.0f));
+    ds[i] = ds[i] == 0.0f ? 0.0f : ds[i] * derivative;
+  }
+#endif
+  return ds;
+}
+
+// ---- two simdgroups share a tile: each adds the other's part of q.k and dP, lane by lane
+
+constant constexpr int part_size = 4 * 32;  // of one tile and simdgroup
+
+/// Every simdgroup calls it; between two calls lies a barrier.
+template <int tiles>
+METAL_FUNC void add_parts(
+    thread Tile<tiles>& dot, thread Tile<tiles>& dp, threadgroup float* parts, uint simdgroup, uint lane) {
+#if FA_SPLIT_D > 1
+  threadgroup float* const mine = parts + simdgroup * tiles * part_size + lane * 4;
+  const threadgroup float* const others = parts + (simdgroup ^ 1u) * tiles * part_size + lane * 4;
+  FA_UNROLL
+  for (short t = 0; t < tiles; ++t) {
+    FA_UNROLL
+    for (short i = 0; i < 2; ++i) {
+      mine[t * part_size + i] = dot.fragment[t][i];
+      mine[t * part_size + 2 + i] = dp.fragment[t][i];
+    }
+  }
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+  FA_UNROLL
+  for (short t = 0; t < tiles; ++t) {
+    FA_UNROLL
+    for (short i = 0; i < 2; ++i) {
+      dot.fragment[t][i] += others[t * part_size + i];
+      dp.fragment[t][i] += others[t * part_size + 2 + i];
+    }
+  }
+#endif
+}
+
+}  // namespace flash_attn

@@ -1,0 +1,53 @@
+// Eight query rows in registers against a block of keys in threadgroup memory: how dQ and the gradient of attn_mask see scores.
+#pragma once
+
+#include "metal/gradient_tile.metal"
+#include "metal/row_block.metal"
+
+namespace flash_attn {
+
+static_assert(FA_BQ * FA_SPLIT_D == FA_SIMDGROUPS * fragment_size, "a simdgroup has eight rows");
+static_assert(FA_BK <= 32, "one call of Philox serves a block");
+
+constant constexpr int key_tiles = FA_BK / fragment_size;
+constant constexpr int parts_size = FA_SPLIT_D > 1 ? FA_SIMDGROUPS * key_tiles * part_size : 1;
+
+/// Head dims from `first` on of this lane's row; zeros past the last.
+template <int columns, class Pointer>
+METAL_FUNC void load_row(thread Tile<columns, FA_T>& tile, Pointer row, int first, int dims, LanePlace place) {
+  FA_UNROLL
+  for (short d = 0; d < columns; ++d) {
+    FA_UNROLL
+    for (short i = 0; i < 2; ++i) {
+      const int dim = first + d * fragment_size + place.column + i;
+      tile.fragment[d][i] = dim < dims ? row[dim] : FA_T(0.0f);
+    }
+  }
+}
+
+/// A B^T of eight rows in registers and eight stored ones.
+template <int columns>
+METAL_FUNC Fragment<float> product_abt(
+    thread const Tile<columns, FA_T>& a, ConstStoredRows b, int pitch_of_b, LanePlace place) {
+  Fragment<float> sum = Fragment<float>(0.0f);
+  FA_UNROLL
+  for (short d = 0; d < columns; ++d) {
+    multiply_accumulate(sum, a.fragment[d], load_fragment<FA_T>(b + d * fragment_size, place, 1, pitch_of_b));
+  }
+  return sum;
+}
+
+/// q.k and dP of the keys from `key` on, tile by tile; those that hold no key of `seen` stay 0.
+METAL_FUNC void multiply_by_keys(
+    thread Tile<key_tiles>& dot, thread Tile<key_tiles>& dp, thread const Tile<dim_tiles, FA_T>& q,
+    thread const Tile<value_tiles, FA_T>& dout, ConstStoredRows k, ConstStoredRows v, int key, KeyRange seen, LanePlace place) {
+  FA_UNROLL
+  for (short j = 0; j < key_tiles; ++j) {
+    const int first = j * fragment_size;
+    if (!sees(seen, key + first, key + first + fragment_size)) continue;
+    dot.fragment[j] = product_abt(q, k + first * pitch, pitch, place);
+    dp.fragment[j] = product_abt(dout, v + first * value_pitch, value_pitch, place);
+  }
+}
+
+}  // namespace flash_attn
