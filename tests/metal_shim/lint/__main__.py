@@ -7,32 +7,43 @@ import sys
 from pathlib import Path
 
 from address_space import errors_of
-from kernel_text import kernel_of_file
-from rules import broken
+from generated_code import generated_code, objections
+from kernel_text import DEFAULT_DEFINES, kernel_of_file
+from rules import broken, text_is_short
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("files", nargs="+", type=Path)
     parser.add_argument(
-        "-D", dest="defines", action="append", default=[], metavar="NAME[=VALUE]", help="as FA_CAUSAL or FA_T=float"
+        "-D", dest="defines", action="append", default=[], metavar="NAME[=VALUE]", help="as FA_VARLEN or FA_T=float"
     )
     arguments = parser.parse_args()
-    defines = {name: value or "1" for name, _, value in (define.partition("=") for define in arguments.defines)}
-    failed = False
-    for file in arguments.files:
-        complaints = complaints_about(file, defines)
-        print(f"{file}: {'ok' if not complaints else ''}")
-        print("".join(f"  {complaint}\n" for complaint in complaints), end="")
-        failed |= bool(complaints)
-    return int(failed)
+    defines = DEFAULT_DEFINES | {
+        name: value or "1" for name, _, value in (define.partition("=") for define in arguments.defines)
+    }
+    found = [complaint for file in arguments.files for complaint in check(file, defines)]
+    return int(bool(found))
 
 
-def complaints_about(file: Path, defines: dict[str, str]) -> list[str]:
-    """Whether MLX passes the small arrays as `device` or as `constant`, the text has to compile."""
+def check(file: Path, defines: dict[str, str]) -> list[str]:
+    """Prints and returns what is wrong with a file."""
+    # MLX passes short arrays as `constant` and long ones as `device`: the text has to compile either way.
     texts = {space: kernel_of_file(file, defines, space).text for space in ("device", "constant")}
-    errors = [f"small arrays as {space}:\n{error}" for space, text in texts.items() if (error := errors_of(text))]
-    return errors[:1] + broken(texts["device"])
+    text = texts["device"]
+    errors = [f"small arrays as {space}:\n{error}" for space, text in texts.items() if (error := errors_of(text))][:1]
+    is_kernel = "[[kernel]]" in text
+    found = errors + broken(text, but=None if is_kernel else text_is_short)
+    summary = f"{len(text.encode())} bytes"
+    if is_kernel and not errors:
+        code = generated_code(text, 32 * int(defines["FA_SIMDGROUPS"]))
+        found += objections(code)
+        summary += f", {code.threadgroup_bytes} bytes of threadgroup memory, {code.registers} registers"
+        summary += f", {code.spilled_bytes} bytes spilled" if code.spilled_bytes else ""
+    print(f"{file}: {'ok' if not found else 'refused'} ({summary})")
+    for complaint in found:
+        print("  " + complaint.replace("\n", "\n  "))
+    return found
 
 
 if __name__ == "__main__":

@@ -12,9 +12,10 @@ import subprocess
 from pathlib import Path
 
 WORDS = Path(__file__).resolve().parent / "words"
+FLOAT_FLAGS = ["-Xclang", "-fnative-half-type", "-Xclang", "-fallow-half-arguments-and-returns"]
 FLAGS = [
     *("-x", "c++", "-std=c++17", "-fsyntax-only", "-nostdinc", "-D__METAL_VERSION__=320", "-ferror-limit=20"),
-    *("-target", "aarch64-linux-gnu", "-Xclang", "-fnative-half-type", "-Xclang", "-fallow-half-arguments-and-returns"),
+    *("-target", "aarch64-linux-gnu", *FLOAT_FLAGS),
     *("-Wall", "-Werror", "-Wno-unknown-attributes", "-Wno-ignored-attributes", "-Wno-unused", "-Wno-undefined-inline"),
     *("-Wno-undefined-internal", "-Wno-unknown-pragmas", "-Wno-missing-braces"),
     *("-Wimplicit-float-conversion", "-Wvla"),
@@ -30,12 +31,12 @@ def find_clang() -> str:
 
 def errors_of(text: str) -> str:
     """clang's complaints, lines counted in the text; empty where there are none."""
-    source = '#line 1 "words"\n#include <metal_stdlib>\n#line 1 "kernel.metal"\n' + _for_clang(text) + "\n"
+    source = '#line 1 "words"\n#include <metal_stdlib>\n#line 1 "kernel.metal"\n' + for_clang(text) + "\n"
     run = subprocess.run([find_clang(), *FLAGS, "-isystem", str(WORDS), "-"], input=source, capture_output=True, text=True)
     return run.stderr if run.returncode else ""
 
 
-def _for_clang(text: str) -> str:
+def for_clang(text: str) -> str:
     """The same lines, with what clang has no words for said otherwise, or not at all."""
     text = re.sub(r"\[\[[^\[\]]*\]\]", "", text)
     text = re.sub(r"^(\s*)threadgroup(\s+\w+\s+\w+\s*\[)", r"\1static threadgroup\2", text, flags=re.MULTILINE)

@@ -19,6 +19,11 @@ DEFAULT_DEFINES = {
     "FA_SIMDGROUPS": "4",
     "FA_SPLIT_D": "1",
 }
+# ... but for what the kernel is there for.
+NEEDED_DEFINES = {
+    "mask_gradient": {"FA_ATTN_MASK": "1", "FA_MASK_T": "half"},
+    "decode": {"FA_CACHED": "1", "FA_SEQUSED_K": "1"},
+}
 
 # What a call may bring, in the order of a launch: its element type, and the flag that says it is there.
 OPTIONAL_INPUTS = {
@@ -102,7 +107,7 @@ def kernel_of_file(path: Path, defines: dict[str, str], small_arrays: str = "dev
     MLX passes arrays of fewer than eight elements as `constant`; a body has to compile either way, so `small_arrays` is the
     space of the optional ones.
     """
-    defines = DEFAULT_DEFINES | defines
+    defines = DEFAULT_DEFINES | NEEDED_DEFINES.get(path.stem, {}) | defines
     header, *body = re.split(r"^FA_BODY$", flatten(path), flags=re.MULTILINE)
     lines = [f"#define {name} {value}" for name, value in defines.items()]
     lines.append(header)
