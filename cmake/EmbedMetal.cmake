@@ -2,7 +2,7 @@
 #
 # A .metal file has its functions first, then a line FA_BODY, then the body of its kernel; one without that line is vocabulary
 # for the others. Run as a script, this file turns them into OUTPUT: every #include "..." once, in place; no <headers>, no
-# comments, no blank lines, and of `#if defined(__METAL_VERSION__)` only the branch that Metal sees.
+# comments, no blank lines, no indentation; of `#if defined(__METAL_VERSION__)` only the branch that Metal sees.
 
 if(NOT CMAKE_SCRIPT_MODE_FILE)
   set(EMBED_METAL_SCRIPT "${CMAKE_CURRENT_LIST_FILE}")
@@ -54,11 +54,11 @@ function(flatten path)
   set(metal_depth 0) # of the branch that it sees
   foreach(line IN LISTS lines)
     string(REGEX REPLACE "//.*$" "" line "${line}")
-    string(REGEX REPLACE "[ \t]+$" "" line "${line}")
+    string(STRIP "${line}" line)
     if(depth GREATER 0)
-      if(line MATCHES "^ *#if")
+      if(line MATCHES "^#if")
         math(EXPR depth "${depth} + 1")
-      elseif(line MATCHES "^ *#endif")
+      elseif(line MATCHES "^#endif")
         math(EXPR depth "${depth} - 1")
       endif()
     elseif(line MATCHES "^#if defined\\(__METAL_VERSION__\\)")
@@ -71,9 +71,9 @@ function(flatten path)
     elseif(line MATCHES "^#include \"(.*)\"")
       flatten("${ROOT}/${CMAKE_MATCH_1}")
     elseif(NOT line STREQUAL "" AND NOT line MATCHES "^#(include|pragma once)")
-      if(metal_depth GREATER 0 AND line MATCHES "^ *#if")
+      if(metal_depth GREATER 0 AND line MATCHES "^#if")
         math(EXPR metal_depth "${metal_depth} + 1")
-      elseif(metal_depth GREATER 1 AND line MATCHES "^ *#endif")
+      elseif(metal_depth GREATER 1 AND line MATCHES "^#endif")
         math(EXPR metal_depth "${metal_depth} - 1")
       endif()
       set_property(GLOBAL APPEND_STRING PROPERTY flattened "${line}\n")

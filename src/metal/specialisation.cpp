@@ -205,8 +205,9 @@ Kernel make_kernel(const char* kernel, const AttentionProblem& problem, const Op
   return {.name = std::string("flash_attn_") + kernel + "_" + fingerprint(defines.text()),
           .inputs = std::move(inputs),
           .outputs = std::move(outputs),
-          .header = defines.text() + std::string(text.header),
-          .source = std::string(text.source),
+          .defines = defines.text(),
+          .functions = text.functions,
+          .body = text.body,
           .params = params_of(problem, operands),
           .threadgroup = {threads, 1, 1},
           .threadgroups = threadgroups};

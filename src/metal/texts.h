@@ -6,8 +6,8 @@
 namespace flash_attn::metal {
 
 struct Text {
-  std::string_view header;  // functions
-  std::string_view source;  // the body, into which MLX puts a signature
+  std::string_view functions;
+  std::string_view body;
 };
 
 /// Of src/metal/<kernel>.metal.

@@ -64,14 +64,6 @@ mx::array sink_gradient(const AttentionCall& call, const mx::array& lse, const m
   return mx::negative(mx::sum(terms, all_but_heads, /*keepdims=*/false, stream), stream);
 }
 
-/// Which input arrays MLX passes as `constant`: their address space is part of the text.
-std::string address_spaces(const Arrays& inputs) {
-  constexpr std::size_t least_in_device = 8;
-  std::string spaces;
-  for (const mx::array& input : inputs) spaces += input.size() < least_in_device ? 'c' : 'd';
-  return spaces;
-}
-
 AttentionOutputs reference_forward(const AttentionCall& call) {
   const reference::Result result = reference::attention(call);
   return {result.out, result.lse};

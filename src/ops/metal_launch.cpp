@@ -3,6 +3,8 @@
 #include <memory>
 #include <mutex>
 #include <optional>
+#include <sstream>
+#include <unordered_map>
 #include <utility>
 
 #include "flash_attn/attention.h"
@@ -10,6 +12,7 @@
 #include "mlx/fast.h"
 #include "mlx/ops.h"
 #include "mlx/primitives.h"
+#include "mlx/utils.h"
 #include "ops/vmap_by_slices.h"
 
 namespace flash_attn {
@@ -94,6 +97,58 @@ class FlashAttentionMetal final : public mx::Primitive {
   std::shared_ptr<mx::Primitive> node_;  // MLX's
 };
 
+MetalLaunch metal_launch(const Launch& launch, const Arrays& inputs) {
+  const metal::Kernel& kernel = launch.kernel;
+  const auto [x, y, z] = kernel.threadgroup;
+  const auto [groups_x, groups_y, groups_z] = kernel.threadgroups;
+  return {.name = kernel.name,
+          .input_names = kernel.inputs,
+          .output_names = kernel.outputs,
+          .source = kernel.source(),
+          .header = kernel.header(),
+          .inputs = inputs,
+          .output_shapes = launch.output_shapes,
+          .output_dtypes = launch.output_dtypes,
+          .grid = {groups_x * x, groups_y * y, groups_z * z},
+          .threadgroup = {x, y, z},
+          .stream = launch.stream};
+}
+
+/// MLX's node of a launch knows text and grid, not arrays: one serves every call of the same shape, so that the text is put
+/// together once and not in every layer of every step.
+class NodesOfMLX {
+ public:
+  std::shared_ptr<mx::Primitive> find(const std::string& key) const {
+    const std::lock_guard lock(mutex_);
+    const auto found = nodes_.find(key);
+    return found == nodes_.end() ? nullptr : found->second;
+  }
+
+  void keep(const std::string& key, std::shared_ptr<mx::Primitive> node) {
+    const std::lock_guard lock(mutex_);
+    if (nodes_.size() >= most) nodes_.clear();
+    nodes_[key] = std::move(node);
+  }
+
+ private:
+  static constexpr std::size_t most = 256;  // some 40 KB each
+
+  mutable std::mutex mutex_;
+  std::unordered_map<std::string, std::shared_ptr<mx::Primitive>> nodes_;
+};
+
+std::shared_ptr<mx::Primitive> node_of_mlx(const Launch& launch, const Arrays& inputs) {
+  static NodesOfMLX nodes;
+  std::ostringstream key;
+  key << launch.kernel.name << ' ' << address_spaces(inputs) << ' ' << launch.stream;
+  for (const int groups : launch.kernel.threadgroups) key << ' ' << groups;
+  std::shared_ptr<mx::Primitive> node = nodes.find(key.str());
+  if (node) return node;
+  node = launch_by_mlx(metal_launch(launch, inputs)).at(0).primitive_ptr();
+  nodes.keep(key.str(), node);
+  return node;
+}
+
 }  // namespace
 
 void set_metal_launcher(MetalLauncher launcher, bool probe) {
@@ -111,29 +166,23 @@ bool runs_on_metal(mx::Stream stream) {
   return launcher_of_test() || (stream.device == mx::Device::gpu && mx::metal::is_available());
 }
 
+std::string address_spaces(const std::vector<mx::array>& inputs) {
+  constexpr std::size_t least_in_device = 8;
+  std::string spaces;
+  for (const mx::array& input : inputs) spaces += input.size() < least_in_device ? 'c' : 'd';
+  return spaces;
+}
+
 std::vector<mx::array> launch_metal(const metal::Kernel& kernel, const std::vector<mx::array>& inputs,
                                     const std::vector<mx::Shape>& output_shapes, const std::vector<mx::Dtype>& output_dtypes,
                                     mx::Stream stream, const MetalVJP& vjp) {
+  const Launch launch = {kernel, output_shapes, output_dtypes, stream, vjp};
   Arrays with_params = {mx::array(kernel.params.begin(), {static_cast<int>(kernel.params.size())}, mx::int32)};
   with_params.insert(with_params.end(), inputs.begin(), inputs.end());
-  const auto [x, y, z] = kernel.threadgroup;
-  const auto [groups_x, groups_y, groups_z] = kernel.threadgroups;
-  const MetalLaunch launch = {.name = kernel.name,
-                              .input_names = kernel.inputs,
-                              .output_names = kernel.outputs,
-                              .source = kernel.source,
-                              .header = kernel.header,
-                              .inputs = with_params,
-                              .output_shapes = output_shapes,
-                              .output_dtypes = output_dtypes,
-                              .grid = {groups_x * x, groups_y * y, groups_z * z},
-                              .threadgroup = {x, y, z},
-                              .stream = stream};
   const MetalLauncher by_test = launcher_of_test();
-  const Arrays launched = by_test ? by_test(launch) : launch_by_mlx(launch);
-  auto node = std::make_shared<FlashAttentionMetal>(Launch{kernel, output_shapes, output_dtypes, stream, vjp},
-                                                    launched.at(0).primitive_ptr());
-  return mx::array::make_arrays(output_shapes, output_dtypes, node, with_params);
+  const std::shared_ptr<mx::Primitive> node =
+      by_test ? by_test(metal_launch(launch, with_params)).at(0).primitive_ptr() : node_of_mlx(launch, with_params);
+  return mx::array::make_arrays(output_shapes, output_dtypes, std::make_shared<FlashAttentionMetal>(launch, node), with_params);
 }
 
 }  // namespace flash_attn

@@ -38,6 +38,9 @@ bool runs_on_metal(mx::Stream stream);
 
 bool metal_launches_are_probed();
 
+/// Which arrays MLX passes as `constant` (c) and which as `device` (d): that is part of a text.
+std::string address_spaces(const std::vector<mx::array>& inputs);
+
 /// The gradients of a launch with respect to inputs[argnums]. Arrays are those of the launch, without params.
 using MetalVJP =
     std::function<std::vector<mx::array>(const std::vector<mx::array>& inputs, const std::vector<mx::array>& cotangents,
