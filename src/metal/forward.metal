@@ -174,7 +174,7 @@ threadgroup float partial_scores[partial_scores_size];
 #ifdef FA_PAGED
 threadgroup short missing_keys[FA_BK];
 #else
-const Absent missing_keys;
+const Absent missing_keys = {};
 #endif
 
 const int kv_head = int(threadgroup_position_in_grid.y);

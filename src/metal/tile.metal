@@ -34,9 +34,9 @@ template <int columns, class T = float>
 struct Tile {
   Fragment<T> fragment[columns];  // `columns` counts fragments
 
-  METAL_FUNC void fill(T x) thread {
+  METAL_FUNC void fill(float x) thread {
     FA_UNROLL
-    for (short i = 0; i < columns; ++i) fragment[i] = Fragment<T>(x);
+    for (short i = 0; i < columns; ++i) fragment[i] = Fragment<T>(T(x));
   }
 
   /// Each row by its own factor: a lane's elements are all of one row.
@@ -51,9 +51,9 @@ template <class T, int count>
 struct Run {
   T values[count];
 
-  METAL_FUNC void fill(T x) thread {
+  METAL_FUNC void fill(float x) thread {
     FA_UNROLL
-    for (short i = 0; i < count; ++i) values[i] = x;
+    for (short i = 0; i < count; ++i) values[i] = T(x);
   }
 
   template <class Pointer>
