@@ -77,8 +77,10 @@ std::string command_for(Mode mode) {
     case Mode::hooks:
       // Every access must reach a hook: no vector code that merges them, no calls of memcpy made of loops.
       return clang + common +
-             " -O1 -fsanitize=thread -fno-vectorize -fno-slp-vectorize -fno-builtin -mllvm -tsan-instrument-func-entry-exit=0"
-             " -mllvm -tsan-instrument-atomics=0";
+             " -O1 "
+             "-fsanitize=thread,alignment,bounds,shift,integer-divide-by-zero,signed-integer-overflow,float-cast-overflow,bool,"
+             "null,return -fno-vectorize -fno-slp-vectorize -fno-builtin -mllvm -tsan-instrument-func-entry-exit=0"
+             " -Wl,--wrap=memcpy,--wrap=memmove,--wrap=memset";
     case Mode::sanitize:
       return clang + common + " -O1 -fno-omit-frame-pointer -fsanitize=address,undefined -shared-libsan";
   }

@@ -70,4 +70,9 @@ std::string GuardedMemory::describe(const void* address, const std::vector<Buffe
   return "buffer " + buffer.name + ", byte " + std::to_string(offset) + " of " + std::to_string(buffer.bytes);
 }
 
+GuardedMemory& guarded_memory() {
+  static GuardedMemory memory;
+  return memory;
+}
+
 }  // namespace metal_shim

@@ -34,6 +34,8 @@ class GuardedMemory {
   /// "buffer k: byte 4096 of 1024".
   std::string describe(const void* address, const std::vector<Buffer>&) const;
 
+  const void* base() const { return base_; }
+
   static constexpr std::size_t slots = 64;
   static constexpr std::size_t slot_bytes = std::size_t{64} << 30;
 
@@ -42,5 +44,8 @@ class GuardedMemory {
   std::vector<void*> addresses_;
   std::vector<std::size_t> mapped_bytes_;  // that each slot has open
 };
+
+/// That of all launches.
+GuardedMemory& guarded_memory();
 
 }  // namespace metal_shim

@@ -25,11 +25,6 @@ struct Finding {
 
 std::optional<Finding> finding;
 
-GuardedMemory& memory() {
-  static GuardedMemory guarded;
-  return guarded;
-}
-
 const void* instruction_of(const void* context) {
 #if defined(__x86_64__)
   return reinterpret_cast<const void*>(static_cast<const ucontext_t*>(context)->uc_mcontext.gregs[REG_RIP]);
@@ -52,13 +47,13 @@ void on_signal(int signal, siginfo_t* info, void* context) {
   if (info->si_code == SI_KERNEL || info->si_code == BUS_ADRALN) {
     fault(FaultKind::misaligned, thread + ": a misaligned vector, or a wild address", instruction);
   }
-  const int slot = memory().slot_of(info->si_addr);
+  const int slot = guarded_memory().slot_of(info->si_addr);
   const auto& buffers = execution.launch->buffers;
-  const std::string where = memory().describe(info->si_addr, buffers);
-  const bool inside =
-      slot >= 0 && slot < static_cast<int>(buffers.size()) &&
-      static_cast<const char*>(info->si_addr) >= memory().addresses()[slot] &&
-      static_cast<const char*>(info->si_addr) < static_cast<const char*>(memory().addresses()[slot]) + buffers[slot].bytes;
+  const std::string where = guarded_memory().describe(info->si_addr, buffers);
+  const bool inside = slot >= 0 && slot < static_cast<int>(buffers.size()) &&
+                      static_cast<const char*>(info->si_addr) >= guarded_memory().addresses()[slot] &&
+                      static_cast<const char*>(info->si_addr) <
+                          static_cast<const char*>(guarded_memory().addresses()[slot]) + buffers[slot].bytes;
   if (inside) fault(FaultKind::read_only, thread + " writes to " + where, instruction);
   fault(FaultKind::out_of_bounds, thread + ": " + where, instruction);
 }
@@ -156,7 +151,7 @@ Report run(const Launch& launch, Mode mode) {
   const Kernel kernel = compile(launch, mode);
   Report report;
   report.function = launch.function;
-  memory().place(launch.buffers);
+  guarded_memory().place(launch.buffers);
   metal_shim_ulp_seed = static_cast<std::uint32_t>(launch.seed);
   execution.launch = &launch;
   execution.kernel = kernel;
@@ -165,15 +160,15 @@ Report run(const Launch& launch, Mode mode) {
   finding.reset();
   {
     const SignalHandlers handlers;
-    if (execution.hooks) hooks::begin_launch();
-    run_grid(memory().addresses());
+    if (execution.hooks) hooks::begin_launch(launch.buffers, guarded_memory().addresses());
+    run_grid(guarded_memory().addresses());
   }
   if (finding) {
     const std::string line = line_of(finding->instruction);
     throw Fault(finding->kind, launch.function + ": " + finding->message + (line.empty() ? "" : " (" + line + ")"));
   }
-  if (execution.hooks) hooks::end_launch();
-  memory().copy_back(launch.buffers);
+  if (execution.hooks) hooks::end_launch(report);
+  guarded_memory().copy_back(launch.buffers);
   return report;
 }
 

@@ -128,7 +128,6 @@ void set_up_threadgroup(std::mt19937_64& random, bool shuffle) {
   threadgroup.arrived = threadgroup.finished = threadgroup.epoch = 0;
   threadgroup.arrays.clear();
   threadgroup.allocated = 0;
-  std::memset(execution.arena, 0xFF, arena_bytes);
 
   std::vector<std::uint32_t> order;
   const auto shuffled = [&](std::size_t count) {
@@ -158,6 +157,25 @@ void set_up_threadgroup(std::mt19937_64& random, bool shuffle) {
   execution.main.next = threadgroup.simdgroups[order[0]].resume;
 }
 
+/// Whether the poison between the arrays is still there. Then the arena is made all poison again.
+void check_gaps() {
+  const auto poisoned = [](const char* at) {
+    static const std::vector<char> poison(arena_gap, '\xFF');
+    return std::memcmp(at, poison.data(), arena_gap) == 0;
+  };
+  std::size_t end = 0;
+  const ThreadgroupArray* written_past = nullptr;
+  for (const ThreadgroupArray& array : execution.threadgroup.arrays) {
+    end = array.offset + array.bytes;
+    if (!poisoned(execution.arena + end) && written_past == nullptr) written_past = &array;
+  }
+  std::memset(execution.arena, 0xFF, std::min(end + arena_gap, arena_bytes));
+  if (written_past != nullptr) {
+    fault(FaultKind::out_of_bounds, "somebody wrote past the end of threadgroup array " + std::string(written_past->name) +
+                                        " of line " + std::to_string(written_past->line));
+  }
+}
+
 }  // namespace
 
 std::string describe(const Thread& thread) {
@@ -174,6 +192,7 @@ void run_grid(void* const* buffers) {
   static char* const arena = [] {
     void* memory = mmap(nullptr, arena_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (memory == MAP_FAILED) throw std::runtime_error("no memory for threadgroups");
+    std::memset(memory, 0xFF, arena_bytes);
     return static_cast<char*>(memory);
   }();
   execution.arena = arena;
@@ -234,7 +253,11 @@ void run_grid(void* const* buffers) {
     ++execution.report->threadgroups;
     execution.report->threadgroup_bytes_allocated =
         std::max<std::uint64_t>(execution.report->threadgroup_bytes_allocated, execution.threadgroup.allocated);
-    if (!whole) return;
+    if (!whole) {
+      std::memset(arena, 0xFF, arena_bytes);
+      return;
+    }
+    check_gaps();
   }
 }
 
@@ -329,7 +352,6 @@ void metal_shim_threadgroup_barrier(uint32_t memory, int line) {
 }
 
 void* metal_shim_threadgroup_array(const char* name, size_t bytes, size_t alignment, int line) {
-  constexpr std::size_t gap = 64;
   Threadgroup& threadgroup = execution.threadgroup;
   std::size_t end = 0;
   for (const ThreadgroupArray& array : threadgroup.arrays) {
@@ -341,9 +363,9 @@ void* metal_shim_threadgroup_array(const char* name, size_t bytes, size_t alignm
     fault(FaultKind::threadgroup_memory, "array " + std::string(name) + " at line " + std::to_string(line) + " makes " +
                                              std::to_string(threadgroup.allocated) + " bytes of threadgroup memory");
   }
-  // Gaps between the arrays belong to nobody.
-  const std::size_t unit = std::max<std::size_t>(gap, alignment);
-  const std::size_t offset = (end + gap + unit - 1) / unit * unit;
+  const std::size_t unit = std::max<std::size_t>(64, alignment);
+  const std::size_t offset = (end + arena_gap + unit - 1) / unit * unit;
+  if (offset + bytes + arena_gap > arena_bytes) fault(FaultKind::threadgroup_memory, "too many threadgroup arrays");
   threadgroup.arrays.push_back({name, line, offset, bytes});
   if (execution.hooks) hooks::threadgroup_array(offset, bytes);
   return execution.arena + offset;

@@ -68,7 +68,8 @@ struct Threadgroup {
 };
 
 constexpr std::size_t threadgroup_memory_limit = 32768;
-constexpr std::size_t arena_bytes = 2 * threadgroup_memory_limit;  // gaps included
+constexpr std::size_t arena_gap = 2048;                            // poison between the arrays
+constexpr std::size_t arena_bytes = 4 * threadgroup_memory_limit;  // gaps included
 
 /// The one launch in progress.
 struct Execution {

@@ -2,14 +2,11 @@
 // here keeps to them. One topic, one header.
 #pragma once
 
-#include "msl/words.h"
-//
-#include "msl/scalar.h"
-#include "msl/traits.h"
-//
-#include "msl/vec.h"
-//
 #include "msl/math.h"
+#include "msl/scalar.h"
 #include "msl/simd.h"
 #include "msl/simdgroup_matrix.h"
 #include "msl/threadgroup.h"
+#include "msl/traits.h"
+#include "msl/vec.h"
+#include "msl/words.h"
