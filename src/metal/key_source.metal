@@ -99,11 +99,12 @@ METAL_FUNC long group_stride(Strides strides) {
   return 0;
 }
 
-// k or v: numbers, or codes of int8 (1) or of MLX's quantised form with 8 (2) or 4 (3) bits.
+// k or v: numbers, or codes of int8 (1) or of MLX's quantised form with 8 (2) or 4 (3) bits. What codes stand for is not rounded.
+template <int codes>
+using KeyElement = metal::conditional_t<codes == 0, FA_T, float>;
+
 template <int codes, int dims, class Data, class Scales, class Biases>
 struct KeyTensor {
-  using Element = metal::conditional_t<codes == 0, FA_T, float>;  // what codes stand for is not rounded
-
   Data data;
   RowStrides strides;
   Scales scales;
@@ -114,26 +115,22 @@ struct KeyTensor {
   long bias_group;
 
   /// Elements from d, a multiple of 8, on; past the row's end they are 0.
-  METAL_FUNC Run<Element, key_run> run(KeySlot slot, int head, int d) const thread {
+  METAL_FUNC Run<KeyElement<codes>, key_run> run(KeySlot slot, int head, int d) const thread {
     const Data row = data + strides.offset(slot.row, slot.index, head);
-    Run<Element, key_run> x = {};
+    Run<KeyElement<codes>, key_run> x;
+    x.fill(0.0f);
     if constexpr (codes == 0) {
       if (d + key_run <= dims) {
-        FA_UNROLL
-        for (short i = 0; i < key_run; ++i) x.values[i] = row[d + i];
+        x.load(row + d);
       } else {
-        FA_UNROLL
-        for (short i = 0; i < key_run; ++i) {
-          if (d + i < dims) x.values[i] = row[d + i];
-        }
+        x.load_some(row + d, dims - d);
       }
     } else if (d < dims) {
       const float scale = float(scales[scale_strides.offset(slot.row, slot.index, head) + d / affine_group * scale_group]);
       if constexpr (codes == 1) {
+        x.load_some(row + d, dims - d);
         FA_UNROLL
-        for (short i = 0; i < key_run; ++i) {
-          if (d + i < dims) x.values[i] = float(row[d + i]) * scale;
-        }
+        for (short i = 0; i < key_run; ++i) x.values[i] *= scale;
       } else {
         constexpr short bits = codes == 2 ? 8 : 4;
         constexpr short codes_of_word = 32 / bits;
