@@ -1,10 +1,17 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 import mlx.core as mx
 import numpy as np
 import pytest
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--metal-shim", choices=("fast", "hooks", "sanitize"), help="run every call on the Metal kernels, under the shim"
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -19,6 +26,18 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if "full" in item.keywords:
             item.add_marker(skip)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def metal_shim_for_all(request: pytest.FixtureRequest) -> Iterator[None]:
+    mode = request.config.getoption("--metal-shim")
+    if mode is None:
+        yield
+        return
+    from metal_support import metal_graph
+
+    with metal_graph(mode):
+        yield
 
 
 @pytest.fixture
