@@ -115,18 +115,18 @@ METAL_FUNC void find_missing(threadgroup short* missing, Keys keys, int key, Key
 // ---- fragments
 
 /// K^T of eight head dims and eight keys.
-METAL_FUNC Fragment<float> key_fragment(const threadgroup Stored* k, int dim, int key, LanePlace place) {
-  return load_fragment<float>(k + (key + place.column) / 2 * key_pitch + 2 * (dim + place.row), {0, 0}, 0, 1);
+METAL_FUNC Fragment<Stored> key_fragment(const threadgroup Stored* k, int dim, int key, LanePlace place) {
+  return load_fragment<Stored>(k + (key + place.column) / 2 * key_pitch + 2 * (dim + place.row), {0, 0}, 0, 1);
 }
 
 /// V of eight keys and eight head dims.
-METAL_FUNC Fragment<float> value_fragment(const threadgroup Stored* v, int key, int dim, LanePlace place) {
-  return load_fragment<float>(v + key * value_pitch + dim, place, value_pitch, 1);
+METAL_FUNC Fragment<Stored> value_fragment(const threadgroup Stored* v, int key, int dim, LanePlace place) {
+  return load_fragment<Stored>(v + key * value_pitch + dim, place, value_pitch, 1);
 }
 
 /// ... transposed, where V is scored too.
-METAL_FUNC Fragment<float> transposed_value_fragment(const threadgroup Stored* v, int dim, int key, LanePlace place) {
-  return load_fragment<float>(v + key * value_pitch + dim, place, 1, value_pitch);
+METAL_FUNC Fragment<Stored> transposed_value_fragment(const threadgroup Stored* v, int dim, int key, LanePlace place) {
+  return load_fragment<Stored>(v + key * value_pitch + dim, place, 1, value_pitch);
 }
 
 }  // namespace flash_attn

@@ -78,14 +78,14 @@ struct Run {
   }
 };
 
-/// D += A B of three fragments, in float32.
+/// D += A B of three fragments. Products of 16 bits are exact in float32, in which all is added up.
 template <class A, class B>
 METAL_FUNC void multiply_accumulate(thread Fragment<float>& d, Fragment<A> a, Fragment<B> b) {
-  metal::simdgroup_matrix<float, 8, 8> matrix_a;
-  metal::simdgroup_matrix<float, 8, 8> matrix_b;
+  metal::simdgroup_matrix<A, 8, 8> matrix_a;
+  metal::simdgroup_matrix<B, 8, 8> matrix_b;
   metal::simdgroup_matrix<float, 8, 8> matrix_d;
-  reinterpret_cast<thread Fragment<float>&>(matrix_a.thread_elements()) = Fragment<float>(a);
-  reinterpret_cast<thread Fragment<float>&>(matrix_b.thread_elements()) = Fragment<float>(b);
+  reinterpret_cast<thread Fragment<A>&>(matrix_a.thread_elements()) = a;
+  reinterpret_cast<thread Fragment<B>&>(matrix_b.thread_elements()) = b;
   reinterpret_cast<thread Fragment<float>&>(matrix_d.thread_elements()) = d;
   metal::simdgroup_multiply_accumulate(matrix_d, matrix_a, matrix_b, matrix_d);
   d = reinterpret_cast<thread Fragment<float>&>(matrix_d.thread_elements());
