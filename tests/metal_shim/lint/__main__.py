@@ -39,7 +39,7 @@ def check(file: Path, defines: dict[str, str]) -> list[str]:
         code = generated_code(text, 32 * int(defines["FA_SIMDGROUPS"]))
         found += objections(code)
         summary += f", {code.threadgroup_bytes} bytes of threadgroup memory, {code.registers} registers"
-        summary += f", {code.spilled_bytes} bytes spilled" if code.spilled_bytes else ""
+        summary += f", {code.stack_bytes} bytes of stack" if code.stack_bytes else ""
     print(f"{file}: {'ok' if not found else 'refused'} ({summary})")
     for complaint in found:
         print("  " + complaint.replace("\n", "\n  "))

@@ -42,7 +42,8 @@ class GeneratedCode:
         return self.number("NumVgprs")
 
     @property
-    def spilled_bytes(self) -> int:
+    def stack_bytes(self) -> int:
+        """Of memory, a thread: what spills, and arrays indexed by a variable."""
         return self.number("ScratchSize")
 
     @property

@@ -16,7 +16,7 @@ def test_sound_text_meets_no_objection():
     sound = code()
     assert objections(sound) == []
     assert sound.threadgroup_bytes == 32 * 4
-    assert sound.spilled_bytes == 0
+    assert sound.stack_bytes == 0
     assert 4 < sound.registers < 40
 
 
