@@ -39,6 +39,8 @@ constexpr int simdgroup_threads = 32;
 constexpr int first_generation_with_wide_key_blocks = 15;
 
 // Registers hold Q, O and one S a simdgroup; K and V lie in threadgroup memory, at most 32 KB.
+constexpr int largest_forward_head_dim = 256;
+
 constexpr std::array<TileChoice, 3> forward_16_bits = {{{96, {32, 32, 4, 1}}, {128, {32, 16, 4, 1}}, {256, {32, 16, 8, 2}}}};
 constexpr std::array<TileChoice, 3> forward_32_bits = {{{96, {32, 16, 4, 1}}, {128, {32, 16, 4, 1}}, {256, {32, 16, 8, 2}}}};
 constexpr std::array<TileChoice, 3> backward_dq_16_bits = {
@@ -105,10 +107,11 @@ class Defines {
   std::string text_;
 };
 
-int code_kind(const Operands& operands) {
-  if (operands.code_bits == 0) return 0;
-  if (!operands.codes_are_affine) return 1;
-  return operands.code_bits == 8 ? 2 : 3;
+/// As key_source.metal counts them.
+int code_kind(int bits, bool affine) {
+  if (bits == 0) return 0;
+  if (!affine) return 1;
+  return bits == 8 ? 2 : 3;
 }
 
 /// What every kernel over queries and keys may ask.
@@ -134,9 +137,9 @@ Defines defines_of(const AttentionProblem& problem, const Operands& operands, Ti
       {"FA_LEFTPAD", "cache_leftpad"}, {"FA_BATCH_IDX", "cache_batch_idx"}};
   for (const auto& [flag, array] : flags) defines.flag(flag, operands.find(array) != nullptr);
   if (const Operand* mask = operands.find("attn_mask")) defines.set("FA_MASK_T", mask->type);
-  if (const int kind = code_kind(operands)) {
-    defines.set("FA_K_CODES", kind);
-    defines.set("FA_V_CODES", kind);
+  if (operands.k_code_bits > 0) {
+    defines.set("FA_K_CODES", code_kind(operands.k_code_bits, operands.codes_are_affine));
+    defines.set("FA_V_CODES", code_kind(operands.v_code_bits, operands.codes_are_affine));
     if (operands.codes_are_affine) defines.set("FA_CODE_SCALE_T", operands.find("k_scales")->type);
   }
   return defines;
@@ -219,6 +222,33 @@ std::array<int, 3> query_blocks(const AttentionProblem& problem, TileShape shape
   return {blocks(std::int64_t{problem.max_seqlen_q} * problem.group(), shape.rows), problem.heads_k, problem.batch};
 }
 
+std::int64_t query_rows(const AttentionProblem& problem) {
+  return problem.varlen ? problem.total_q : std::int64_t{problem.batch} * problem.max_seqlen_q;
+}
+
+/// Decode keeps Q and O of all its rows in registers: as few simdgroups as these allow share the head dims.
+TileShape decode_shape(const AttentionProblem& problem) {
+  constexpr int fragment = 8;
+  constexpr int most_registers = 112;
+  const int packed_rows = problem.max_seqlen_q * problem.group();
+  const int head_dim = std::max(problem.head_dim, problem.head_dim_v);
+  const int most_rows = head_dim > 256 ? 16 : 32;
+  const int registers_of_q = problem.dtype == DType::float32 ? 2 : 1;  // of a fragment
+  const auto part = [](int dims, int split) { return (dims / fragment + split - 1) / split; };
+
+  TileShape shape = {fragment, 32, 4, 1};
+  while (shape.rows < packed_rows && shape.rows < most_rows) shape.rows *= 2;
+  const auto registers = [&](int split) {
+    const int o = part(problem.head_dim_v, split);
+    const int q = part(problem.head_dim, split) + (problem.has_qv ? o : 0);
+    return shape.rows / fragment * (2 * o + registers_of_q * q);
+  };
+  while (shape.split_d < 8 && registers(shape.split_d) > most_registers) shape.split_d *= 2;
+  shape.simdgroups = std::max(shape.simdgroups, shape.split_d);
+  if (shape.rows > 16 || problem.has_qv) shape.keys = 16;
+  return with_wishes(shape);
+}
+
 std::array<int, 3> key_blocks(const AttentionProblem& problem, TileShape shape) {
   return {blocks(problem.max_seqlen_k, shape.keys), problem.heads_k, problem.batch};
 }
@@ -240,8 +270,7 @@ Kernel forward_kernel(const AttentionProblem& problem, const Operands& operands,
 
 Kernel delta_kernel(const AttentionProblem& problem, const Operands& operands) {
   constexpr TileShape shape = {1, 1, 4, 1};  // a row a simdgroup
-  const std::int64_t rows =
-      std::int64_t{problem.varlen ? problem.total_q : problem.batch * problem.max_seqlen_q} * problem.heads_q;
+  const std::int64_t rows = query_rows(problem) * problem.heads_q;
   return make_kernel("delta", problem, operands, defines_of(problem, operands, shape), {"params", "out", "dout", "dlse"},
                      {"delta"}, shape.simdgroups * simdgroup_threads, {blocks(rows, shape.simdgroups), 1, 1});
 }
@@ -265,6 +294,67 @@ Kernel mask_gradient_kernel(const AttentionProblem& problem, const Operands& ope
   return make_kernel("mask_gradient", problem, operands, defines_of(problem, operands, shape),
                      joined(names_of(operands), {"dout", "lse", "delta"}), {"dmask"}, shape.simdgroups * simdgroup_threads,
                      {blocks(mask[3], shape.keys) * blocks(mask[2], shape.rows), mask[1], mask[0]});
+}
+
+bool is_decoded(const AttentionProblem& problem) {
+  // Beyond them forward's blocks of rows are worth staging keys for.
+  constexpr std::int64_t most_rows = 32;
+  const bool is_large = std::max(problem.head_dim, problem.head_dim_v) > largest_forward_head_dim;
+  return problem.cached && (is_large || std::int64_t{problem.max_seqlen_q} * problem.group() <= most_rows);
+}
+
+int decode_splits(const AttentionProblem& problem, Gpu gpu) {
+  constexpr std::int64_t least_keys = 256;  // of a split: fewer do not pay for combining them
+  const std::int64_t keys = problem.cached ? problem.key_capacity() : problem.max_seqlen_k;
+  const TileShape shape = decode_shape(problem);
+  const auto [row_blocks, heads, batch] = query_blocks(problem, shape);
+  const std::int64_t threadgroups = std::max<std::int64_t>(std::int64_t{row_blocks} * heads * batch, 1);
+  const std::int64_t wanted =
+      problem.num_splits > 0 ? problem.num_splits : (gpu.threadgroups + threadgroups - 1) / threadgroups;
+  const std::int64_t most = problem.num_splits > 0 ? blocks(keys, shape.keys) : keys / least_keys;
+  return static_cast<int>(std::clamp<std::int64_t>(wanted, 1, std::max<std::int64_t>(most, 1)));
+}
+
+Kernel decode_kernel(const AttentionProblem& problem, const Operands& operands, int splits) {
+  const TileShape shape = decode_shape(problem);
+  Defines defines = defines_of(problem, operands, shape);
+  defines.flag("FA_SPLITS", splits > 1);
+  auto threadgroups = query_blocks(problem, shape);
+  threadgroups[0] *= splits;
+  const std::vector<std::string> outputs =
+      splits > 1 ? std::vector<std::string>{"out_partial", "lse_partial"} : std::vector<std::string>{"out", "lse"};
+  Kernel kernel = make_kernel("decode", problem, operands, defines, names_of(operands), outputs,
+                              shape.simdgroups * simdgroup_threads, threadgroups);
+  kernel.params[param_splits] = splits;
+  return kernel;
+}
+
+Kernel combine_kernel(const AttentionProblem& problem, const Operands& operands, int splits) {
+  constexpr TileShape shape = {1, 1, 4, 1};  // a row of a head a simdgroup
+  Kernel kernel = make_kernel("combine", problem, operands, defines_of(problem, operands, shape),
+                              {"params", "out_partial", "lse_partial"}, {"out", "lse"}, shape.simdgroups * simdgroup_threads,
+                              {blocks(query_rows(problem) * problem.heads_q, shape.simdgroups), 1, 1});
+  kernel.params[param_splits] = splits;
+  return kernel;
+}
+
+Kernel rotary_kernel(const AttentionProblem& problem, Rotated rotated, bool packed) {
+  const bool queries = rotated == Rotated::queries;
+  Defines defines;
+  defines.set("FA_T", type_of(problem.dtype));
+  defines.set("FA_D", problem.head_dim);
+  defines.set("FA_ROTARY_DIM", problem.rotary_dim);
+  defines.flag("FA_INTERLEAVED", problem.rotary_interleaved);
+  defines.flag("FA_QUERIES", queries);
+  defines.flag("FA_VARLEN", packed);
+  defines.set("FA_GROUP", problem.group());
+  const std::int64_t new_rows = packed ? problem.total_new : std::int64_t{problem.batch} * problem.seqlen_new;
+  const std::int64_t rows = queries ? query_rows(problem) : new_rows;
+  const std::int64_t pairs = rows * (queries ? problem.heads_q : problem.heads_k) * ((problem.head_dim + 1) / 2);
+  constexpr int threads = 256;
+  std::vector<std::string> inputs = {"params", "x", "rotary_base", "rotary_cos", "rotary_sin"};
+  if (packed) inputs.emplace_back("token_starts");
+  return make_kernel("rotary", problem, {}, defines, inputs, {"rotated"}, threads, {blocks(pairs, threads), 1, 1});
 }
 
 }  // namespace flash_attn::metal

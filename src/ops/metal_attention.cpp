@@ -80,7 +80,10 @@ metal::Operands metal_operands(const AttentionCall& call) {
   const OptionalInputs& optional = call.optional;
   operands.alibi_per_sequence = optional.alibi_slopes && optional.alibi_slopes->ndim() == 2;
   operands.codes_are_affine = optional.k_biases.has_value();
-  if (optional.k_scales) operands.code_bits = operands.codes_are_affine ? call.k.shape(-1) * 32 / call.problem.head_dim : 8;
+  if (optional.k_scales) {
+    operands.k_code_bits = operands.codes_are_affine ? call.k.shape(-1) * 32 / call.problem.head_dim : 8;
+    operands.v_code_bits = operands.codes_are_affine ? call.v.shape(-1) * 32 / call.problem.head_dim_v : 8;
+  }
   return operands;
 }
 
@@ -93,13 +96,14 @@ AttentionCall readable_by_metal(AttentionCall call) {
 
 metal::Gpu metal_gpu() {
   if (!mx::metal::is_available()) return {};
-  // "applegpu_g15s": generation 15, s for Max.
   const auto& info = mx::metal::device_info();
   const auto found = info.find("architecture");
-  if (found == info.end()) return {};
-  const auto* architecture = std::get_if<std::string>(&found->second);
-  const std::size_t digits = architecture ? architecture->find_first_of("0123456789") : std::string::npos;
-  return {digits == std::string::npos ? 0 : std::atoi(architecture->c_str() + digits)};
+  const auto* name = found == info.end() ? nullptr : std::get_if<std::string>(&found->second);
+  const std::size_t digits = name ? name->find_first_of("0123456789") : std::string::npos;
+  if (digits == std::string::npos) return {};
+  // "applegpu_g15s": generation 15; s is a Max, d an Ultra, others have fewer cores.
+  const char size = name->back();
+  return {.generation = std::atoi(name->c_str() + digits), .threadgroups = size == 'd' ? 512 : size == 's' ? 256 : 64};
 }
 
 namespace {
