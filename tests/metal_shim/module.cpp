@@ -7,9 +7,12 @@
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
+#include <map>
 #include <memory>
+#include <optional>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -56,7 +59,7 @@ nb::dict dict_of(const Report& report) {
 }
 
 nb::capsule launcher_capsule(const std::string& mode_name, std::uint64_t seed) {
-  const Mode mode = mode_from(mode_name);
+  const std::optional<Mode> mode = mode_name == "record" ? std::nullopt : std::optional(mode_from(mode_name));
   auto launcher = std::make_unique<flash_attn::MetalLauncher>(
       [mode, seed](const flash_attn::MetalLaunch& launch) { return metal_shim::launch_on_shim(launch, mode, seed); });
   return nb::capsule(launcher.release(), "flash_attn::MetalLauncher",
@@ -107,8 +110,10 @@ NB_MODULE(metal_shim, module) {
   nb::module_::import_("mlx.core");
   module.doc() = "Runs Metal text on the CPU. A finding of the shim is a RuntimeError whose text starts with its kind.";
 
-  module.def("launcher_capsule", &launcher_capsule, "mode"_a = "hooks", "seed"_a = 0,
-             "A capsule of the launcher that flash_attn.flash_attn_mlx._core._set_metal_launcher takes.");
+  module.def(
+      "launcher_capsule", &launcher_capsule, "mode"_a = "hooks", "seed"_a = 0,
+      "A capsule of the launcher that flash_attn.flash_attn_mlx._core._set_metal_launcher takes. Mode record runs nothing: "
+      "texts are recorded, results are zeros.");
   module.def("run_kernel", &run_kernel, "name"_a, "inputs"_a, "outputs"_a, "source"_a, "header"_a = "", "grid"_a,
              "threadgroup"_a, "mode"_a = "hooks", "seed"_a = 0,
              "As mx.fast.metal_kernel(name, ...)(...): lazy arrays. inputs is {name: array}, outputs {name: (shape, dtype)}.");

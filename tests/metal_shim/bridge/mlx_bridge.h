@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <map>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -11,8 +12,9 @@
 
 namespace metal_shim {
 
-/// Arrays whose evaluation runs the launch under the shim. A Fault becomes the exception of the evaluation.
-std::vector<mlx::core::array> launch_on_shim(const flash_attn::MetalLaunch&, Mode, std::uint64_t seed);
+/// Arrays whose evaluation records the launch's text and runs it under the shim, or without a mode gives zeros. A Fault becomes
+/// the exception of the evaluation.
+std::vector<mlx::core::array> launch_on_shim(const flash_attn::MetalLaunch&, std::optional<Mode>, std::uint64_t seed);
 
 /// Of all runs since the last clear_reports, in order.
 std::vector<Report> reports();

@@ -17,7 +17,9 @@ namespace {
 /// `threadgroup T name[N][M];` -> `auto& name = metal_shim::threadgroup_array<T[N][M]>("name");`
 std::string with_threadgroup_arrays(const std::string& text) {
   static const std::regex array(R"(\bthreadgroup\s+(\w[\w:<>]*)\s+(\w+)\s*((?:\[[^;]*\])+)\s*;)");
-  return std::regex_replace(text, array, "auto& $2 = metal_shim::threadgroup_array<$1$3>(\"$2\");");
+  static const std::regex attribute(R"(\[\[\s*threadgroup\(\d+\)\s*\]\])");  // `threadgroup` is a macro here
+  const std::string arrays = std::regex_replace(text, array, "auto& $2 = metal_shim::threadgroup_array<$1$3>(\"$2\");");
+  return std::regex_replace(arrays, attribute, "");
 }
 
 /// Where the bracket at `open` closes.
