@@ -58,10 +58,26 @@ nb::dict dict_of(const Report& report) {
   return out;
 }
 
-nb::capsule launcher_capsule(const std::string& mode_name, std::uint64_t seed) {
+/// A bug for a test to find: in kernels whose name starts so, one piece of text instead of another.
+using PlantedBugs = std::map<std::string, std::tuple<std::string, std::string>>;
+
+flash_attn::MetalLaunch with_bugs(flash_attn::MetalLaunch launch, const PlantedBugs& bugs) {
+  for (const auto& [kernel, change] : bugs) {
+    if (!launch.name.starts_with(kernel)) continue;
+    const auto& [right, wrong] = change;
+    std::string& text = launch.source.find(right) != std::string::npos ? launch.source : launch.header;
+    const std::size_t place = text.find(right);
+    if (place == std::string::npos) throw std::invalid_argument(launch.name + " has no '" + right + "'");
+    text.replace(place, right.size(), wrong);
+  }
+  return launch;
+}
+
+nb::capsule launcher_capsule(const std::string& mode_name, std::uint64_t seed, const PlantedBugs& bugs) {
   const std::optional<Mode> mode = mode_name == "record" ? std::nullopt : std::optional(mode_from(mode_name));
-  auto launcher = std::make_unique<flash_attn::MetalLauncher>(
-      [mode, seed](const flash_attn::MetalLaunch& launch) { return metal_shim::launch_on_shim(launch, mode, seed); });
+  auto launcher = std::make_unique<flash_attn::MetalLauncher>([mode, seed, bugs](const flash_attn::MetalLaunch& launch) {
+    return metal_shim::launch_on_shim(with_bugs(launch, bugs), mode, seed);
+  });
   return nb::capsule(launcher.release(), "flash_attn::MetalLauncher",
                      [](void* p) noexcept { delete static_cast<flash_attn::MetalLauncher*>(p); });
 }
@@ -111,9 +127,9 @@ NB_MODULE(metal_shim, module) {
   module.doc() = "Runs Metal text on the CPU. A finding of the shim is a RuntimeError whose text starts with its kind.";
 
   module.def(
-      "launcher_capsule", &launcher_capsule, "mode"_a = "hooks", "seed"_a = 0,
+      "launcher_capsule", &launcher_capsule, "mode"_a = "hooks", "seed"_a = 0, "bugs"_a = PlantedBugs(),
       "A capsule of the launcher that flash_attn.flash_attn_mlx._core._set_metal_launcher takes. Mode record runs nothing: "
-      "texts are recorded, results are zeros.");
+      "texts are recorded, results are zeros. bugs is {start of a kernel's name: (right text, wrong text)}.");
   module.def("run_kernel", &run_kernel, "name"_a, "inputs"_a, "outputs"_a, "source"_a, "header"_a = "", "grid"_a,
              "threadgroup"_a, "mode"_a = "hooks", "seed"_a = 0,
              "As mx.fast.metal_kernel(name, ...)(...): lazy arrays. inputs is {name: array}, outputs {name: (shape, dtype)}.");
