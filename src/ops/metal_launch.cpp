@@ -1,10 +1,10 @@
 #include "ops/metal_launch.h"
 
+#include <map>
 #include <memory>
 #include <mutex>
 #include <optional>
 #include <sstream>
-#include <unordered_map>
 #include <utility>
 
 #include "flash_attn/attention.h"
@@ -82,6 +82,12 @@ class FlashAttentionMetal final : public mx::Primitive {
                           [this](const Arrays& slice) { return launch_on(slice); });
   }
 
+  /// Of equal inputs, params among them: mx.compile then merges equal calls.
+  bool is_equivalent(const mx::Primitive& other) const override {
+    const Launch& theirs = static_cast<const FlashAttentionMetal&>(other).launch_;
+    return launch_.kernel.name == theirs.kernel.name && launch_.kernel.threadgroups == theirs.kernel.threadgroups;
+  }
+
   std::vector<mx::Shape> output_shapes(const Arrays&) override {
     throw NotImplementedError("[flash_attn] on Metal attention cannot be traced with shapeless=True");
   }
@@ -114,39 +120,45 @@ MetalLaunch metal_launch(const Launch& launch, const Arrays& inputs) {
           .stream = launch.stream};
 }
 
-/// MLX's node of a launch knows text and grid, not arrays: one serves every call of the same shape, so that the text is put
-/// together once and not in every layer of every step.
-class NodesOfMLX {
+/// What calls of one shape share. Forgets all when it is full.
+template <class Key, class Value>
+class Cache {
  public:
-  std::shared_ptr<mx::Primitive> find(const std::string& key) const {
-    const std::lock_guard lock(mutex_);
-    const auto found = nodes_.find(key);
-    return found == nodes_.end() ? nullptr : found->second;
-  }
+  explicit Cache(std::size_t most) : most_(most) {}
 
-  void keep(const std::string& key, std::shared_ptr<mx::Primitive> node) {
+  template <class Make>
+  Value get(const Key& key, Make make) {
+    {
+      const std::lock_guard lock(mutex_);
+      if (const auto found = values_.find(key); found != values_.end()) return found->second;
+    }
+    Value value = make();
     const std::lock_guard lock(mutex_);
-    if (nodes_.size() >= most) nodes_.clear();
-    nodes_[key] = std::move(node);
+    if (values_.size() >= most_) values_.clear();
+    values_.insert_or_assign(key, value);
+    return value;
   }
 
  private:
-  static constexpr std::size_t most = 256;  // some 40 KB each
-
-  mutable std::mutex mutex_;
-  std::unordered_map<std::string, std::shared_ptr<mx::Primitive>> nodes_;
+  const std::size_t most_;
+  std::mutex mutex_;
+  std::map<Key, Value> values_;
 };
 
+mx::array params_of(const metal::Kernel& kernel) {
+  static Cache<std::vector<std::int32_t>, mx::array> cache(1024);
+  return cache.get(kernel.params,
+                   [&] { return mx::array(kernel.params.begin(), {static_cast<int>(kernel.params.size())}, mx::int32); });
+}
+
+/// MLX's node of a launch knows text and grid, not arrays: one serves every call of the same shape, so that the text, some 40
+/// KB, is put together once and not in every layer of every step.
 std::shared_ptr<mx::Primitive> node_of_mlx(const Launch& launch, const Arrays& inputs) {
-  static NodesOfMLX nodes;
+  static Cache<std::string, std::shared_ptr<mx::Primitive>> cache(256);
   std::ostringstream key;
   key << launch.kernel.name << ' ' << address_spaces(inputs) << ' ' << launch.stream;
   for (const int groups : launch.kernel.threadgroups) key << ' ' << groups;
-  std::shared_ptr<mx::Primitive> node = nodes.find(key.str());
-  if (node) return node;
-  node = launch_by_mlx(metal_launch(launch, inputs)).at(0).primitive_ptr();
-  nodes.keep(key.str(), node);
-  return node;
+  return cache.get(key.str(), [&] { return launch_by_mlx(metal_launch(launch, inputs)).at(0).primitive_ptr(); });
 }
 
 }  // namespace
@@ -177,7 +189,7 @@ std::vector<mx::array> launch_metal(const metal::Kernel& kernel, const std::vect
                                     const std::vector<mx::Shape>& output_shapes, const std::vector<mx::Dtype>& output_dtypes,
                                     mx::Stream stream, const MetalVJP& vjp) {
   const Launch launch = {kernel, output_shapes, output_dtypes, stream, vjp};
-  Arrays with_params = {mx::array(kernel.params.begin(), {static_cast<int>(kernel.params.size())}, mx::int32)};
+  Arrays with_params = {params_of(kernel)};
   with_params.insert(with_params.end(), inputs.begin(), inputs.end());
   const MetalLauncher by_test = launcher_of_test();
   const std::shared_ptr<mx::Primitive> node =
