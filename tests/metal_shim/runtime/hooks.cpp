@@ -313,7 +313,8 @@ void __ubsan_handle_type_mismatch_v1(const SourceLocation* where, void* pointer)
                pointer == nullptr ? "a null pointer" : "an address that its type does not allow: " + place_of(pointer));
 }
 void __ubsan_handle_out_of_bounds(const SourceLocation* where, void* index) {
-  undefined_at(where, FaultKind::out_of_bounds, "array index " + std::to_string(reinterpret_cast<intptr_t>(index)));
+  undefined_at(where, FaultKind::out_of_bounds,
+               "past the end of a private array, index " + std::to_string(reinterpret_cast<intptr_t>(index)));
 }
 void __ubsan_handle_shift_out_of_bounds(const SourceLocation* where, void*, void*) {
   undefined_at(where, FaultKind::undefined, "a shift by more bits than there are");

@@ -35,7 +35,7 @@ const void* instruction_of(const void* context) {
 #endif
 }
 
-/// A fiber touched an address that is not mapped, or not writable.
+/// A fiber touched an address that is not mapped or not writable, or did what the processor refuses.
 void on_signal(int signal, siginfo_t* info, void* context) {
   if (execution.current == nullptr || execution.current == &execution.main) {
     std::signal(signal, SIG_DFL);  // not ours: happens again, and ends the process
@@ -43,6 +43,11 @@ void on_signal(int signal, siginfo_t* info, void* context) {
   }
   const void* instruction = instruction_of(context);
   const std::string thread = describe(execution.current->thread);
+  if (signal == SIGFPE) fault(FaultKind::undefined, thread + ": a division by zero", instruction);
+  if (signal == SIGILL && execution.hooks) {  // from -fsanitize=local-bounds
+    fault(FaultKind::out_of_bounds, thread + ": past the end of a private array", instruction);
+  }
+  if (signal == SIGILL) fault(FaultKind::undefined, thread + ": the compiler's trap", instruction);
   // x86 gives no address for those that are not canonical, and for aligned vector instructions at unaligned addresses.
   if (info->si_code == SI_KERNEL || info->si_code == BUS_ADRALN) {
     fault(FaultKind::misaligned, thread + ": a misaligned vector, or a wild address", instruction);
@@ -70,20 +75,18 @@ class SignalHandlers {
     struct sigaction action {};
     action.sa_sigaction = on_signal;
     action.sa_flags = SA_SIGINFO | SA_ONSTACK | SA_NODEFER;  // the handler does not return
-    sigaction(SIGSEGV, &action, &old_segv_);
-    sigaction(SIGBUS, &action, &old_bus_);
+    for (int i = 0; i < 4; ++i) sigaction(signals[i], &action, &old_[i]);
   }
   ~SignalHandlers() {
-    sigaction(SIGSEGV, &old_segv_, nullptr);
-    sigaction(SIGBUS, &old_bus_, nullptr);
+    for (int i = 0; i < 4; ++i) sigaction(signals[i], &old_[i], nullptr);
     if (old_stack_.ss_sp == nullptr) old_stack_.ss_flags = SS_DISABLE;
     sigaltstack(&old_stack_, nullptr);
   }
 
  private:
+  static constexpr int signals[4] = {SIGSEGV, SIGBUS, SIGILL, SIGFPE};
   stack_t old_stack_{};
-  struct sigaction old_segv_ {};
-  struct sigaction old_bus_ {};
+  struct sigaction old_[4]{};
 };
 
 }  // namespace
