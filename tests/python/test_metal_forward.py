@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import combinations
@@ -34,8 +33,8 @@ ODD_HEAD_DIMS = [(1, 1), (4, 4), (33, 33), (59, 59), (111, 111), (136, 136), (64
 
 
 @pytest.fixture(autouse=True)
-def shim():
-    with metal_graph(os.environ.get("METAL_SHIM_MODE", "hooks")) as module:
+def shim(request):
+    with metal_graph(request.config.getoption("--metal-shim") or "hooks") as module:
         module.clear_reports()
         yield module
 
@@ -243,6 +242,28 @@ def test_nan_in_a_visible_key_is_not_hidden(rng):
     out, _ = forward(arguments | {"k": mx.array(k), "causal": True})
     assert np.all(np.isnan(out[:, 5:]))
     assert np.all(np.isfinite(out[:, :5]))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@pytest.mark.parametrize("page_size", [1, 3, 16, 128])
+def test_keys_in_pages(rng, shim, page_size, dtype):
+    """Pages in any order, and one that does not exist: its keys are invisible."""
+    lengths_q, lengths_k = [40, 33], [70, 65]
+    blocks = -(-max(lengths_k) // page_size)
+    pages = 2 * blocks + 1
+    table = rng.permutation(pages)[: 2 * blocks].reshape(2, blocks).astype(np.int32)
+    k, v = (normal(rng, pages, page_size, 2, 32, dtype=dtype) for _ in range(2))
+    packed = packed_qkv(rng, lengths_q, lengths_k, dtype=dtype) | {"causal": True}
+    missing = 2 // page_size
+    visible = np.ones((2, 1, 40, 70), bool)
+    visible[1, :, :, missing * page_size : (missing + 1) * page_size] = False
+    rows = [(table[b, j // page_size], j % page_size) for b in range(2) for j in range(lengths_k[b])]
+    gathered = {name: mx.stack([x[int(page), j] for page, j in rows]) for name, x in (("k", k), ("v", v))}
+    want = expected(packed | gathered | {"attn_mask": mx.array(visible)})
+    table[1, missing] = -1
+    out, lse = forward(packed | {"k": k, "v": v, "block_table": mx.array(table)}, shim)
+    assert_close("lse", lse, want.lse, LSE_TOLERANCE)
+    assert_close("out", out, want.out, {mx.float32: FORWARD_TOLERANCE, mx.float16: 2e-3, mx.bfloat16: 1e-2}[dtype])
 
 
 @pytest.mark.parametrize("features", combinations.sample(24, seed=7), ids=combinations.name_of)
