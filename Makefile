@@ -19,7 +19,7 @@ export PATH := $(BIN):$(PATH)
 PYTHON_BUILD := build/python
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 CXX_SOURCES = $(shell git ls-files '*.h' '*.cpp')
-PY_SOURCES := flash_attn tests/python benchmarks examples
+PY_SOURCES := flash_attn tests/python tests/metal_shim benchmarks examples
 
 .NOTPARALLEL:
 
@@ -79,6 +79,19 @@ METAL_SHIM_BUILD := build/metal_shim
 metal-shim: setup-test $(VENV)/.requirements ## Build the Metal shim, which runs the Metal kernels on the CPU
 	cmake -G Ninja -B $(METAL_SHIM_BUILD) -D FLASH_ATTN_METAL_SHIM=ON -D Python_EXECUTABLE=$(BIN)/python --log-level=WARNING
 	cmake --build $(METAL_SHIM_BUILD) --target metal_shim
+
+.PHONY: metal-lint
+metal-lint: build metal-shim ## Check the Metal texts: Metal's rules, address spaces, what a GPU compiler makes of them
+	$(BIN)/python -m pytest -q tests/metal_shim/lint
+	$(BIN)/python tests/metal_shim/lint
+
+.PHONY: metal-report
+metal-report: build metal-shim ## The work of the Metal kernels, beside what a call needs and MLX's own kernel
+	$(BIN)/python tests/metal_shim/report --json build/metal_report.json
+
+.PHONY: metal-texts
+metal-texts: build metal-shim ## Write the Metal texts to build/metal_texts, for xcrun metal -c on a Mac
+	$(BIN)/python tests/metal_shim/lint/specialisations.py build/metal_texts
 
 .PHONY: sanitize
 sanitize: setup-test $(VENV)/.requirements ## The C++ tests under ASan + UBSan, then under TSan

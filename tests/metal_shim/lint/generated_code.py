@@ -20,6 +20,7 @@ NUMBERS = ["-ffp-contract=fast", "-fno-math-errno", *FLOAT_FLAGS]
 
 # What the positions are on this machine; the same for all lanes of a simdgroup where the hardware knows it.
 POSITIONS = {
+    "thread_position_in_grid": "uint3{__builtin_amdgcn_workgroup_id_x() * THREADS + __builtin_amdgcn_workitem_id_x(), 0, 0}",
     "threadgroup_position_in_grid": f"uint3{{{', '.join(f'__builtin_amdgcn_workgroup_id_{axis}()' for axis in 'xyz')}}}",
     "thread_position_in_threadgroup": "uint3{__builtin_amdgcn_workitem_id_x(), 0, 0}",
     "thread_index_in_threadgroup": "__builtin_amdgcn_workitem_id_x()",
@@ -70,7 +71,8 @@ class GeneratedCode:
 def generated_code(text: str, threads: int) -> GeneratedCode:
     """Of a kernel that is launched with so many threads a threadgroup."""
     source = f"#include <metal_stdlib>\n#include <gpu_words.h>\n{for_clang(_with_positions(text))}\n"
-    ir = _clang([*LANGUAGE, *NUMBERS, "-isystem", str(WORDS), "-emit-llvm", "-S", "-o", "-", "-"], source)
+    words = ["-isystem", str(WORDS), f"-DTHREADS={threads}"]
+    ir = _clang([*LANGUAGE, *NUMBERS, *words, "-emit-llvm", "-S", "-o", "-", "-"], source)
     # clang 14 has no words for these: a kernel's convention and size, and threadgroup memory that starts as garbage.
     ir = re.sub(r"^define hidden void @", "define amdgpu_kernel void @", ir, flags=re.MULTILINE)
     ir = ir.replace("attributes #0 = {", f'attributes #0 = {{ "amdgpu-flat-work-group-size"="{threads},{threads}"', 1)

@@ -23,6 +23,7 @@ DEFAULT_DEFINES = {
 NEEDED_DEFINES = {
     "mask_gradient": {"FA_ATTN_MASK": "1", "FA_MASK_T": "half"},
     "decode": {"FA_CACHED": "1", "FA_SEQUSED_K": "1"},
+    "rotary": {"FA_ROTARY_DIM": "32"},
 }
 
 # What a call may bring, in the order of a launch: its element type, and the flag that says it is there.
@@ -49,7 +50,7 @@ GRADIENT_INPUTS = {"dout": "FA_T", "lse": "float", "delta": "float"}
 OWN_INPUTS = {
     "delta": {"out": "FA_T", "dout": "FA_T", "dlse": "float"},
     "combine": {"out_partial": "float", "lse_partial": "float"},
-    "rotary": {"x": "FA_T", "rotary_cos": "FA_T", "rotary_sin": "FA_T", "seqused_k": "int"},
+    "rotary": {"x": "FA_T", "rotary_base": "int", "rotary_cos": "FA_T", "rotary_sin": "FA_T"},
 }
 OUTPUTS = {
     "forward": {"out": "FA_T", "lse": "float"},
@@ -90,7 +91,9 @@ def flatten(path: Path, root: Path = SOURCES, seen: set[Path] | None = None) -> 
         if include is None:
             if line.strip() and not re.match(r"\s*#\s*pragma\s+once", line):
                 lines.append(line.rstrip())
-        elif (root / include[1]).exists() and (root / include[1]).resolve() not in seen:
+        elif not (root / include[1]).exists():
+            lines.append(line)
+        elif (root / include[1]).resolve() not in seen:
             lines.append(flatten(root / include[1], root, seen))
     return "\n".join(lines)
 

@@ -6,12 +6,12 @@ text is looked at as the compiler sees it, after the preprocessor, except where 
 
 from __future__ import annotations
 
+import functools
 import re
 import subprocess
 from collections.abc import Callable, Iterator
 
 from address_space import find_clang
-from kernel_text import OPTIONAL_INPUTS
 
 Rule = Callable[[str], Iterator[str]]
 
@@ -74,12 +74,13 @@ def pointers_are_not_cast_as_in_c(text: str) -> Iterator[str]:
 def threadgroup_arrays_are_plain(text: str) -> Iterator[str]:
     """`threadgroup T name[N];` with scalar T, one a line, in the kernel's body: what the shim can give guards and poison."""
     scalars = SCALARS | set(re.findall(r"\busing\s+(\w+)\s*=", text)) - VECTORS
-    kernel = text.find("[[kernel]]")
-    for line in re.finditer(r"[^\n]*\bthreadgroup\b[^\n]*", text):
-        is_declaration = re.search(r"\bthreadgroup\s+(?:const\s+)?[\w:]+(?:<[^<>]*>)?\s+\w+\s*(\[|=|;)", line[0])
-        plain = re.fullmatch(r"\s*threadgroup (\w+) \w+\[[^\[\];]+\];\s*", line[0])
-        if is_declaration and not (plain and plain[1] in scalars and 0 <= kernel < line.start()):
-            yield line[0]
+    in_kernel = False
+    for line in text.splitlines():
+        in_kernel |= "[[kernel]]" in line
+        is_declaration = re.search(r"\bthreadgroup\s+(?:const\s+)?[\w:]+(?:<[^<>]*>)?\s+\w+\s*(\[|=|;)", line)
+        plain = re.fullmatch(r"\s*threadgroup (\w+) \w+\[[^\[\];]+\];\s*", line)
+        if is_declaration and not (plain and plain[1] in scalars and in_kernel):
+            yield line
 
 
 def globals_are_constant(text: str) -> Iterator[str]:
@@ -101,7 +102,7 @@ def locals_are_not_static(text: str) -> Iterator[str]:
 
 def floats_are_single(text: str) -> Iterator[str]:
     """Metal has no double; 0.5 would be one here and a silent float there. `h` is no suffix of C++."""
-    yield from re.findall(r"[^\n]*\bdouble\b[^\n]*", text)
+    yield from _lines_with(r"\bdouble\b", text)
     number = r"(?<![\w.])(?:\d+\.\d*(?:[eE][+-]?\d+)?|\.\d+(?:[eE][+-]?\d+)?|\d+[eE][+-]?\d+)(?![fF\w.])"
     yield from re.findall(number, text)
     yield from re.findall(r"(?<![\w.])[\d.]+(?:[eE][+-]?\d+)?[hH]\b", text)
@@ -110,7 +111,7 @@ def floats_are_single(text: str) -> Iterator[str]:
 def only_words_of_metal(text: str) -> Iterator[str]:
     """Metal's C++ has none of these, or no GPU of our list has them."""
     words = r"goto|new|delete|virtual|throw|try|catch|dynamic_cast|typeid|asm|std|long long|atomic\w*|__builtin\w*"
-    yield from re.findall(rf"[^\n;]*\b(?:{words})\b[^\n;]*", text)
+    yield from _lines_with(rf"\b(?:{words})\b", text)
     yield from re.findall(r"\[\s*[&=]?\s*\]\s*[({][^\n]*", text)  # lambdas
     yield from re.findall(r"\(\s*\*\s*\w+\s*\)\s*\([^\n]*", text)  # pointers to functions
     yield from re.findall(r"\b\w+\s+\w+\s*:\s*\d+\s*;", text)  # bit-fields
@@ -134,9 +135,10 @@ def swizzles_are_plain(text: str) -> Iterator[str]:
 
 def macros_begin_with_fa(text: str) -> Iterator[str]:
     """They come after MLX's and Metal's headers in one text, and a one-letter name breaks those. An array that a call lacks may
-    have its name defined."""
-    arrays = rf"(?:{'|'.join(OPTIONAL_INPUTS)})(?:_shape|_strides)?\b"
-    yield from re.findall(rf"^\s*#\s*define\s+(?!FA_|{arrays})\w+[^\n]*", text, flags=re.MULTILINE)
+    be defined as Absent."""
+    for name, value in re.findall(r"^\s*#\s*define\s+(\w+)([^\n]*)", text, flags=re.MULTILINE):
+        if not name.startswith("FA_") and value.strip() != "flash_attn::Absent()":
+            yield f"#define {name}{value}"
 
 
 def kernels_are_attributed(text: str) -> Iterator[str]:
@@ -219,6 +221,11 @@ def _preprocessed(text: str) -> str:
     return subprocess.run(command, input=without_includes, capture_output=True, text=True, check=True).stdout
 
 
+def _lines_with(pattern: str, text: str) -> Iterator[str]:
+    return (line for line in text.splitlines() if re.search(pattern, line))
+
+
+@functools.lru_cache(maxsize=8)
 def _tokens(text: str) -> list[str]:
     return re.findall(r"\w+|::|&&|\|\||\[\[|\]\]|\S", text)
 
@@ -270,6 +277,7 @@ def _function_heads(text: str) -> Iterator[tuple[str, int]]:
             yield head[1].strip(), after + qualifiers.end() - 1
 
 
+@functools.lru_cache(maxsize=8)
 def _functions(text: str) -> dict[str, str]:
     """Bodies by name; those of overloads together."""
     bodies: dict[str, str] = {}

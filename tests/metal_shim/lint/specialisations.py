@@ -1,0 +1,85 @@
+"""Every kind of text that MLX gets: calls that together use each feature, dtype and head dim, recorded and not run.
+
+`python tests/metal_shim/lint/specialisations.py FOLDER` writes each as a file that `xcrun metal -c` takes.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+TESTS = Path(__file__).resolve().parents[2]
+if str(TESTS / "python") not in sys.path:
+    sys.path.append(str(TESTS / "python"))
+
+import combinations  # noqa: E402
+import kvcache_combinations  # noqa: E402
+import kvcache_support  # noqa: E402
+import mlx.core as mx  # noqa: E402
+import numpy as np  # noqa: E402
+import support  # noqa: E402
+from kernel_text import flatten  # noqa: E402
+from metal_support import metal_graph  # noqa: E402
+
+HEAD_DIMS = ((8, 8), (33, 33), (64, 64), (80, 80), (96, 96), (128, 128), (192, 128), (256, 256))
+CACHE_HEAD_DIMS = (*HEAD_DIMS, (576, 512))
+COMBINATIONS = 24
+
+
+def recorded() -> dict[str, str]:
+    """Texts by the names of their kernels."""
+    with metal_graph("record") as module:
+        for arguments in dense_calls():
+            support.run(arguments, support.cotangents_of(arguments, np.random.default_rng(1)))
+        for arguments in cached_calls():
+            kvcache_support.run(arguments)
+        return dict(module.recorded_texts())
+
+
+def dense_calls() -> Iterator[dict[str, Any]]:
+    random = np.random.default_rng(20220527)
+    alone = [frozenset(), *(frozenset({feature}) for feature in combinations.FEATURES)]
+    for dtype in support.DTYPES:
+        for features in alone:
+            yield combinations.build(random, features, dtype)
+        for dim, dim_v in HEAD_DIMS:
+            yield support.qkv(random, 1, 40, 40, 2, 1, dim, dim_v, dtype)
+    for features in combinations.sample(COMBINATIONS, seed=7):
+        yield combinations.build(random, features)
+
+
+def cached_calls() -> Iterator[dict[str, Any]]:
+    random = np.random.default_rng(20220527)
+    features = kvcache_combinations.FEATURES
+    alone = [frozenset({feature}) for feature in features if feature not in kvcache_combinations.NEEDS]
+    for dtype in support.DTYPES:
+        for chosen in [frozenset(), *alone]:
+            yield kvcache_combinations.build(random, chosen, dtype)
+        for dim, dim_v in CACHE_HEAD_DIMS:
+            yield kvcache_support.cache_call(random, 2, 1, 64, 4, 1, dim, dim_v, dtype=dtype)
+    for chosen in kvcache_combinations.sample(COMBINATIONS, seed=7):
+        yield kvcache_combinations.build(random, chosen)
+
+
+def prelude() -> str:
+    """What MLX puts before every kernel: its utils.h, from the installed headers."""
+    root = Path(next(iter(find_spec("mlx").submodule_search_locations))) / "include"
+    return "#include <metal_stdlib>\nusing namespace metal;\n" + flatten(root / "mlx/backend/metal/kernels/utils.h", root)
+
+
+def main() -> None:
+    mx.set_default_device(mx.cpu)
+    folder = Path(sys.argv[1])
+    folder.mkdir(parents=True, exist_ok=True)
+    texts = recorded()
+    for name, text in texts.items():
+        (folder / f"{name}.metal").write_text(f"{prelude()}\n{text}\n")
+    print(f"{len(texts)} texts in {os.path.relpath(folder)}")
+
+
+if __name__ == "__main__":
+    main()
