@@ -82,7 +82,9 @@ std::string command_for(Mode mode) {
              "null,return -fno-vectorize -fno-slp-vectorize -fno-builtin -mllvm -tsan-instrument-func-entry-exit=0"
              " -Wl,--wrap=memcpy,--wrap=memmove,--wrap=memset";
     case Mode::sanitize:
-      return clang + common + " -O1 -fno-omit-frame-pointer -fsanitize=address,undefined -shared-libsan";
+      return clang + common +
+             " -O1 -fno-omit-frame-pointer -fsanitize=address,undefined -fsanitize-recover=address -fsanitize-trap=undefined"
+             " -shared-libsan";
   }
   return {};
 }
@@ -109,10 +111,11 @@ fs::path library_for(const Launch& launch, Mode mode) {
   fs::create_directories(cache);
   // Another process may be compiling the same: each has files of its own, and the last rename wins.
   const std::string own = (cache / (name + "." + std::to_string(getpid()))).string();
+  const fs::path source_file = cache / (name + ".cpp");
   std::ofstream(own + ".cpp") << source;
-  shell(command + " " + quoted(own + ".cpp") + " -o " + quoted(own + ".so") +
+  fs::rename(own + ".cpp", source_file);
+  shell(command + " " + quoted(source_file.string()) + " -o " + quoted(own + ".so") +
         " -L" METAL_SHIM_LIBRARY_DIR " -Wl,-rpath," METAL_SHIM_LIBRARY_DIR " -lmetal_shim -lm");
-  fs::rename(own + ".cpp", cache / (name + ".cpp"));
   fs::rename(own + ".so", library);
   return library;
 }

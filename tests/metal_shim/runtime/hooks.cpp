@@ -178,8 +178,10 @@ inline void access(const void* address, std::size_t bytes, const void* instructi
   visit<is_write>(buffer.cells + offset, bytes, now_in(device_memory), at, instruction);
 }
 
-inline void check_alignment(const void* address, std::size_t bytes, const void* instruction) {
-  if (reinterpret_cast<std::uintptr_t>(address) % std::min<std::size_t>(bytes, 8) != 0) [[unlikely]] {
+template <std::size_t bytes>
+inline void check_alignment(const void* address, const void* instruction) {
+  constexpr std::size_t unit = std::min<std::size_t>(bytes, 8);  // all that the compiler promises
+  if (reinterpret_cast<std::uintptr_t>(address) % unit != 0) [[unlikely]] {
     found(FaultKind::misaligned, "takes " + std::to_string(bytes) + " bytes at an address that does not allow it:", address,
           instruction);
   }
@@ -266,11 +268,11 @@ void __tsan_write1(void* p) { access<true>(p, 1, CALLER); }
 
 #define METAL_SHIM_HOOKS(bytes)                                                   \
   void __tsan_read##bytes(void* p) {                                              \
-    check_alignment(p, bytes, CALLER);                                            \
+    check_alignment<bytes>(p, CALLER);                                            \
     access<false>(p, bytes, CALLER);                                              \
   }                                                                               \
   void __tsan_write##bytes(void* p) {                                             \
-    check_alignment(p, bytes, CALLER);                                            \
+    check_alignment<bytes>(p, CALLER);                                            \
     access<true>(p, bytes, CALLER);                                               \
   }                                                                               \
   void __tsan_unaligned_read##bytes(void* p) { access<false>(p, bytes, CALLER); } \

@@ -7,6 +7,7 @@
 #include <dlfcn.h>
 #include <sys/ucontext.h>
 
+#include "address_sanitizer.h"
 #include "compiler.h"
 #include "fault.h"
 #include "hooks.h"
@@ -44,7 +45,7 @@ void on_signal(int signal, siginfo_t* info, void* context) {
   const void* instruction = instruction_of(context);
   const std::string thread = describe(execution.current->thread);
   if (signal == SIGFPE) fault(FaultKind::undefined, thread + ": a division by zero", instruction);
-  if (signal == SIGILL && execution.hooks) {  // from -fsanitize=local-bounds
+  if (signal == SIGILL && execution.mode == Mode::hooks) {  // from -fsanitize=local-bounds
     fault(FaultKind::out_of_bounds, thread + ": past the end of a private array", instruction);
   }
   if (signal == SIGILL) fault(FaultKind::undefined, thread + ": the compiler's trap", instruction);
@@ -151,6 +152,7 @@ Report run(const Launch& launch, Mode mode) {
   static std::mutex one_at_a_time;
   const std::lock_guard<std::mutex> lock(one_at_a_time);
 
+  if (mode == Mode::sanitize) address_sanitizer::begin_launch();
   const Kernel kernel = compile(launch, mode);
   Report report;
   report.function = launch.function;
@@ -159,18 +161,22 @@ Report run(const Launch& launch, Mode mode) {
   execution.launch = &launch;
   execution.kernel = kernel;
   execution.report = &report;
-  execution.hooks = mode == Mode::hooks;
+  execution.mode = mode;
   finding.reset();
   {
     const SignalHandlers handlers;
-    if (execution.hooks) hooks::begin_launch(launch.buffers, guarded_memory().addresses());
+    if (mode == Mode::hooks) hooks::begin_launch(launch.buffers, guarded_memory().addresses());
     run_grid(guarded_memory().addresses());
+  }
+  if (mode == Mode::sanitize) {
+    const std::string report = address_sanitizer::end_launch();
+    if (!report.empty()) throw Fault(FaultKind::out_of_bounds, launch.function + ": " + report);
   }
   if (finding) {
     const std::string line = line_of(finding->instruction);
     throw Fault(finding->kind, launch.function + ": " + finding->message + (line.empty() ? "" : " (" + line + ")"));
   }
-  if (execution.hooks) hooks::end_launch(report);
+  if (mode == Mode::hooks) hooks::end_launch(report);
   guarded_memory().copy_back(launch.buffers);
   return report;
 }

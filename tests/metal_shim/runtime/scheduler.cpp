@@ -9,6 +9,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "address_sanitizer.h"
 #include "fault.h"
 #include "hooks.h"
 
@@ -116,7 +117,7 @@ void meet_threadgroup(Simdgroup& simdgroup, Fiber* self) {
   }
   threadgroup.arrived = 0;
   ++execution.report->barriers;
-  if (execution.hooks) hooks::threadgroup_barrier(simdgroup.meeting.memory);
+  if (execution.mode == Mode::hooks) hooks::threadgroup_barrier(simdgroup.meeting.memory);
 }
 
 /// Fibers of one threadgroup, in an order that the seed decides.
@@ -163,6 +164,7 @@ void check_gaps() {
     static const std::vector<char> poison(arena_gap, '\xFF');
     return std::memcmp(at, poison.data(), arena_gap) == 0;
   };
+  if (execution.mode == Mode::sanitize) address_sanitizer::unpoison(execution.arena, arena_bytes);
   std::size_t end = 0;
   const ThreadgroupArray* written_past = nullptr;
   for (const ThreadgroupArray& array : execution.threadgroup.arrays) {
@@ -245,7 +247,8 @@ void run_grid(void* const* buffers) {
       thread.buffers = buffers;
     }
     set_up_threadgroup(random, shuffle);
-    if (execution.hooks) hooks::begin_threadgroup();
+    if (execution.mode == Mode::hooks) hooks::begin_threadgroup();
+    if (execution.mode == Mode::sanitize) address_sanitizer::poison(arena, arena_bytes);
     execution.current = &execution.main;
     switch_to(execution.main.next);
     const bool whole = execution.current == &execution.main;
@@ -254,6 +257,7 @@ void run_grid(void* const* buffers) {
     execution.report->threadgroup_bytes_allocated =
         std::max<std::uint64_t>(execution.report->threadgroup_bytes_allocated, execution.threadgroup.allocated);
     if (!whole) {
+      if (execution.mode == Mode::sanitize) address_sanitizer::unpoison(arena, arena_bytes);
       std::memset(arena, 0xFF, arena_bytes);
       return;
     }
@@ -340,7 +344,7 @@ void metal_shim_simdgroup_barrier(uint32_t memory, int line) {
   Fiber* self = execution.current;
   Simdgroup& simdgroup = *self->simdgroup;
   meet(simdgroup, self, {Op::simdgroup_barrier, "simdgroup_barrier", line, memory}, [&] {
-    if (execution.hooks) hooks::simdgroup_barrier(memory);
+    if (execution.mode == Mode::hooks) hooks::simdgroup_barrier(memory);
   });
 }
 
@@ -367,7 +371,8 @@ void* metal_shim_threadgroup_array(const char* name, size_t bytes, size_t alignm
   const std::size_t offset = (end + arena_gap + unit - 1) / unit * unit;
   if (offset + bytes + arena_gap > arena_bytes) fault(FaultKind::threadgroup_memory, "too many threadgroup arrays");
   threadgroup.arrays.push_back({name, line, offset, bytes});
-  if (execution.hooks) hooks::threadgroup_array(offset, bytes);
+  if (execution.mode == Mode::hooks) hooks::threadgroup_array(offset, bytes);
+  if (execution.mode == Mode::sanitize) address_sanitizer::unpoison(execution.arena + offset, bytes);
   return execution.arena + offset;
 }
 }

@@ -76,7 +76,7 @@ struct Execution {
   const Launch* launch = nullptr;
   Kernel kernel = nullptr;
   Report* report = nullptr;
-  bool hooks = false;
+  Mode mode = Mode::fast;
   std::uint32_t threadgroup_number = 0;
   Threadgroup threadgroup;
   std::vector<Fiber> fibers;
