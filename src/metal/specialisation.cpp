@@ -43,13 +43,16 @@ constexpr int largest_forward_head_dim = 256;
 
 constexpr std::array<TileChoice, 3> forward_16_bits = {{{96, {32, 32, 4, 1}}, {128, {32, 16, 4, 1}}, {256, {32, 16, 8, 2}}}};
 constexpr std::array<TileChoice, 3> forward_32_bits = {{{96, {32, 16, 4, 1}}, {128, {32, 16, 4, 1}}, {256, {32, 16, 8, 2}}}};
+// Of the backward, more operands stay in registers: simdgroups share a head dim before a thread needs more than the 128
+// registers of an M1.
 constexpr std::array<TileChoice, 3> backward_dq_16_bits = {
     {{96, {32, 32, 4, 1}}, {128, {32, 16, 4, 1}}, {256, {32, 16, 8, 2}}}};
-constexpr std::array<TileChoice, 3> backward_dq_32_bits = {{{96, {32, 16, 4, 1}}, {128, {32, 16, 4, 1}}, {256, {32, 8, 8, 2}}}};
-constexpr std::array<TileChoice, 3> backward_dkv_16_bits = {
-    {{96, {32, 32, 4, 1}}, {128, {16, 32, 4, 1}}, {256, {16, 32, 8, 2}}}};
+constexpr std::array<TileChoice, 3> backward_dq_32_bits = {
+    {{96, {32, 16, 4, 1}}, {128, {32, 16, 8, 2}}, {256, {16, 8, 8, 4}}}};
+constexpr std::array<TileChoice, 4> backward_dkv_16_bits = {
+    {{64, {32, 32, 4, 1}}, {96, {16, 32, 4, 1}}, {192, {16, 32, 8, 2}}, {256, {16, 16, 8, 4}}}};
 constexpr std::array<TileChoice, 3> backward_dkv_32_bits = {
-    {{96, {16, 32, 4, 1}}, {128, {16, 32, 4, 1}}, {256, {8, 32, 8, 2}}}};
+    {{64, {16, 32, 4, 1}}, {128, {16, 32, 8, 2}}, {256, {8, 16, 8, 4}}}};
 
 int wish(const char* variable, int otherwise) {
   const char* value = std::getenv(variable);
@@ -261,9 +264,15 @@ const Operand* Operands::find(const std::string& name) const {
 }
 
 Kernel forward_kernel(const AttentionProblem& problem, const Operands& operands, Gpu gpu) {
-  TileShape shape = tile_shape(problem, forward_16_bits, forward_32_bits);
-  const bool wide = gpu.generation >= first_generation_with_wide_key_blocks && problem.dtype != DType::float32;
+  // In threadgroup memory, where what codes stand for is float32.
+  const bool has_32_bits = problem.dtype == DType::float32 || operands.k_code_bits > 0 || operands.v_code_bits > 0;
+  TileShape shape = has_32_bits ? tile_shape(problem, forward_32_bits, forward_32_bits)
+                                : tile_shape(problem, forward_16_bits, forward_32_bits);
+  const bool wide = gpu.generation >= first_generation_with_wide_key_blocks && !has_32_bits;
   if (wide && shape.split_d == 1) shape = with_wishes({32, 32, 4, 1});
+  // qv needs K and V in threadgroup memory at once.
+  constexpr int dims_beside_each_other = 432;
+  if (has_32_bits && problem.has_qv && problem.head_dim + problem.head_dim_v > dims_beside_each_other) shape.keys = 8;
   return make_kernel("forward", problem, operands, defines_of(problem, operands, shape), names_of(operands), {"out", "lse"},
                      shape.simdgroups * simdgroup_threads, query_blocks(problem, shape));
 }
