@@ -51,8 +51,13 @@ class GeneratedCode:
     def threadgroup_bytes(self) -> int:
         return self.number("LDSByteSize")
 
-    def instructions_of_main_loop(self) -> int:
-        """Those that each lane pays for, in one turn of the outermost loop around the matrix products."""
+    def instructions_a_product(self) -> float:
+        """Those that each lane pays for, in the outermost loop around the matrix products, for each product."""
+        main = self._main_loop()
+        products = sum("; matrix product" in line for line in main)
+        return sum(bool(re.match(r"\s+(?:v_|ds_|global_|flat_|scratch_)", line)) for line in main) / products
+
+    def _main_loop(self) -> list[str]:
         loops: dict[str, list[str]] = {}
         block = header = ""  # of the line, and of the outermost loop around it
         for line in self.assembly.splitlines():
@@ -64,8 +69,7 @@ class GeneratedCode:
                 header = of[1]
             if header:
                 loops.setdefault(header, []).append(line)
-        main = max((lines for lines in loops.values() if any("matrix product" in line for line in lines)), key=len, default=[])
-        return sum(1 for line in main if re.match(r"\s+(?:v_|ds_|global_|flat_|scratch_|; matrix product)", line))
+        return max((lines for lines in loops.values() if any("; matrix product" in line for line in lines)), key=len)
 
 
 def generated_code(text: str, threads: int) -> GeneratedCode:

@@ -53,13 +53,13 @@ def test_more_live_values_need_more_registers():
     assert code("const float4 row =", rows + used + "const float4 row =").registers > code().registers + 40
 
 
-def test_a_loop_is_counted_once():
-    def per_turn(exponentials: int) -> int:
+def test_a_loop_is_counted():
+    def per_product(exponentials: int) -> float:
         work = "".join(f"d.x = metal::fast::exp2(d.x + {i}.0f);" for i in range(exponentials))
         product = (
             "flash_attn::multiply_accumulate(d, flash_attn::Fragment<half>(q[0], q[1]), flash_attn::Fragment<float>(sum, sum));"
         )
         loop = f"for (int i = 0; i < lengths[0]; ++i) {{ {product} {work} }} const device half4* rows"
-        return code("const device half4* rows", loop).instructions_of_main_loop()
+        return code("const device half4* rows", loop).instructions_a_product()
 
-    assert per_turn(5) - per_turn(1) == 2 * 4
+    assert per_product(5) - per_product(1) == 2 * 4

@@ -13,12 +13,14 @@ sys.path[:0] = [str(TESTS / folder) for folder in ("python", "metal_shim/lint", 
 
 from cases import CASES  # noqa: E402
 from counted import Row, rows_of, steel_row  # noqa: E402
+from features import KERNELS, PLAIN, feature_costs  # noqa: E402
 
 COLUMNS = {
     "flops": "flops / needed",
     "bytes": "bytes / needed",
     "threadgroup_bytes_a_flop": "tg bytes / flop",
     "barriers_a_block": "barriers / block",
+    "instructions_a_product": "instr / product",
     "threadgroup_bytes": "tg memory",
     "registers": "registers",
     "stack_bytes": "stack bytes",
@@ -31,9 +33,14 @@ def main() -> int:
     parser.add_argument("--json", type=Path, help="write the same numbers here")
     parser.add_argument("--case", help="only cases whose name contains this")
     arguments = parser.parse_args()
+    costs = feature_costs()
+    print(f"{'instructions a score':<40}" + "".join(f"{kernel:>17}" for kernel in KERNELS))
+    for cost in costs:
+        shown = (f"{cost.instructions_a_score[kernel]:{'' if cost.feature == PLAIN else '+'}.2f}" for kernel in KERNELS)
+        print(f"{cost.feature:<40}" + "".join(f"{value:>17}" for value in shown))
     rows: list[Row] = []
     exceeded: list[str] = []
-    print(f"{'case':<40}{'kernel':<23}" + "".join(f"{title:>17}" for title in COLUMNS.values()))
+    print(f"\n{'case':<40}{'kernel':<23}" + "".join(f"{title:>17}" for title in COLUMNS.values()))
     for case in CASES:
         if arguments.case and arguments.case not in case.name:
             continue
@@ -42,8 +49,9 @@ def main() -> int:
             print(line_of(row), flush=True)
             rows.append(row)
         exceeded += [complaint for row in ours for complaint in row.exceeded(case)]
+    report = {"rows": [asdict(row) for row in rows], "features": [asdict(cost) for cost in costs], "exceeded": exceeded}
     if arguments.json:
-        arguments.json.write_text(json.dumps({"rows": [asdict(row) for row in rows], "exceeded": exceeded}, indent=1))
+        arguments.json.write_text(json.dumps(report, indent=1))
     for complaint in exceeded:
         print(f"FAIL {complaint}")
     return int(bool(exceeded))

@@ -31,6 +31,7 @@ class Row:
     bytes: float | None
     threadgroup_bytes_a_flop: float
     barriers_a_block: float | None
+    instructions_a_product: float
     threadgroup_bytes: int
     registers: int
     stack_bytes: int
@@ -119,6 +120,7 @@ def row_of(
         bytes=read / needed.streamed_bytes(case, algorithm, block, group),
         threadgroup_bytes_a_flop=threadgroup / report["matrix_flops"],
         barriers_a_block=report["barriers"] / turns if turns else None,
+        instructions_a_product=code.instructions_a_product(),
         threadgroup_bytes=report["threadgroup_bytes_allocated"],
         registers=code.registers,
         stack_bytes=code.stack_bytes,
