@@ -80,6 +80,10 @@ metal-shim: setup-test $(VENV)/.requirements ## Build the Metal shim, which runs
 	cmake -G Ninja -B $(METAL_SHIM_BUILD) -D FLASH_ATTN_METAL_SHIM=ON -D Python_EXECUTABLE=$(BIN)/python --log-level=WARNING
 	cmake --build $(METAL_SHIM_BUILD) --target metal_shim
 
+.PHONY: test-metal-shim
+test-metal-shim: metal-shim ## The Metal shim's own tests: MLX's kernels pass, planted bugs are found
+	$(BIN)/python -m pytest -q tests/metal_shim/tests
+
 .PHONY: metal-lint
 metal-lint: build metal-shim ## Check the Metal texts: Metal's rules, address spaces, what a GPU compiler makes of them
 	$(BIN)/python -m pytest -q tests/metal_shim/lint

@@ -64,7 +64,7 @@ void GuardedMemory::copy_back(const std::vector<Buffer>& buffers) const {
 
 std::string GuardedMemory::describe(const void* address, const std::vector<Buffer>& buffers) const {
   const int slot = slot_of(address);
-  if (slot < 0 || slot >= static_cast<int>(buffers.size())) return "no buffer";
+  if (slot < 0 || slot >= static_cast<int>(buffers.size())) return "in no buffer: a wild pointer, or the end of the stack";
   const Buffer& buffer = buffers[slot];
   const std::ptrdiff_t offset = static_cast<const char*>(address) - static_cast<const char*>(addresses_[slot]);
   return "buffer " + buffer.name + ", byte " + std::to_string(offset) + " of " + std::to_string(buffer.bytes);

@@ -53,8 +53,18 @@ std::vector<std::string> split_at_commas(std::string_view list) {
 }
 
 std::string without_comments(const std::string& text) {
-  static const std::regex comment(R"(//[^\n]*|/\*[\s\S]*?\*/)");
-  return std::regex_replace(text, comment, " ");
+  std::string code;
+  for (std::size_t i = 0; i < text.size();) {
+    const bool line = text.compare(i, 2, "//") == 0;
+    const bool block = text.compare(i, 2, "/*") == 0;
+    if (!line && !block) {
+      code += text[i++];
+      continue;
+    }
+    const std::size_t end = text.find(line ? "\n" : "*/", i);
+    i = end == std::string::npos ? text.size() : end + (line ? 0 : 2);
+  }
+  return code;
 }
 
 /// The parameter list of a kernel, wherever in the text it is defined.
