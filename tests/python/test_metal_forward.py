@@ -5,9 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import combinations
+import kvcache_support
 import mlx.core as mx
 import numpy as np
 import pytest
+import test_kvcache_quantised as kvcache_quantised
+from kvcache_support import cache_call, page
 from metal_support import metal_graph
 from support import (
     DTYPES,
@@ -264,6 +267,36 @@ def test_keys_in_pages(rng, shim, page_size, dtype):
     out, lse = forward(packed | {"k": k, "v": v, "block_table": mx.array(table)}, shim)
     assert_close("lse", lse, want.lse, LSE_TOLERANCE)
     assert_close("out", out, want.out, {mx.float32: FORWARD_TOLERANCE, mx.float16: 2e-3, mx.bfloat16: 1e-2}[dtype])
+
+
+def assert_prefilled(module: Any) -> None:
+    assert any("flash_attn_forward" in report["function"] for report in module.reports())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@pytest.mark.parametrize("page_size", [None, 16])
+def test_prefill_over_a_cache(rng, shim, page_size, dtype):
+    """Rows of a cache in any order, each behind its own padding."""
+    arguments = cache_call(rng, 2, 40, 90, 8, 2, 64, rows=3, dtype=dtype)
+    arguments |= {"cache_batch_idx": integers(2, 0), "cache_leftpad": integers(3, 11), "cache_seqlens": integers(70, 90)}
+    kvcache_support.check((page(rng, arguments, page_size) if page_size else arguments) | {"causal": True})
+    assert_prefilled(shim)
+
+
+@pytest.mark.parametrize("dims", [(64, 64), (192, 256), (256, 256)], ids=str)
+@pytest.mark.parametrize("format_", kvcache_quantised.FORMATS)
+def test_prefill_over_codes(rng, shim, format_, dims):
+    call = cache_call(rng, 1, 40, 70, 4, 1, *dims, dtype=mx.float16) | {"causal": True}
+    kvcache_quantised.check(kvcache_quantised.quantised(call, format_))
+    assert_prefilled(shim)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@pytest.mark.parametrize("dims", [(32, 32), (64, 128), (64, 256), (256, 256)], ids=str)
+def test_values_that_are_scored_too(rng, shim, dims, dtype):
+    call = cache_call(rng, 1, 36, 70, 4, 1, *dims, dtype=dtype)
+    kvcache_support.check(call | {"qv": normal(rng, 1, 36, 4, dims[1], dtype=dtype), "causal": True})
+    assert_prefilled(shim)
 
 
 @pytest.mark.parametrize("features", combinations.sample(24, seed=7), ids=combinations.name_of)
