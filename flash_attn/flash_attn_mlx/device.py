@@ -1,27 +1,23 @@
-"""What flash attention runs on here, and whether it works: `python -m flash_attn.flash_attn_mlx.device`."""
+"""What flash attention runs on here, and whether it works: `python -m flash_attn.flash_attn_mlx.device`.
+
+With --self-test it also tries the GPU's matrix units and measures speed, and writes what it found as JSON, for a bug report.
+"""
 
 from __future__ import annotations
 
-import os
+import argparse
+import json
+import platform
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import warnings
 from importlib.metadata import version
-from typing import Any, TypeAlias, cast
+from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 
-from . import _build_info, _core
-from .interface import flash_attn_func, flash_attn_varlen_func
-from .kvcache import flash_attn_with_kvcache
-
-_CPU = mx.Device(mx.cpu)
-
-# (q, k, v) -> out
-Attention: TypeAlias = Callable[[mx.array, mx.array, mx.array], mx.array]
-
-# Largest error that rounding explains, relative to the largest value of the reference: (out, gradients).
-_TOLERANCE = {mx.float32: (2e-5, 1e-4), mx.float16: (2e-3, 4e-3), mx.bfloat16: (1.6e-2, 3.2e-2)}
+from . import _build_info, _core, self_test
+from .interface import flash_attn_func
 
 
 def check_mlx_requirements(self_test: bool = True) -> dict[str, Any]:
@@ -48,125 +44,73 @@ def check_mlx_requirements(self_test: bool = True) -> dict[str, Any]:
         "abi_ok": mlx_found == _build_info.MLX_VERSION and _accepts_arrays(),
         "backends": {
             "cpu": "kernels",
-            "metal": "MLX ops" if mx.metal.is_available() else "absent",
+            "metal": "kernels" if mx.metal.is_available() else "absent",
             "cuda": "MLX ops" if mx.cuda.is_available() else "absent",
         },
         "isa_level": _core.isa_level(),
         "threads": _core.num_threads(),
         "cpu": mx.device_info(mx.cpu).get("device_name"),
         "gpu": mx.device_info(mx.gpu).get("device_name") if mx.is_available(mx.gpu) else None,
-        "self_test": _self_test() if self_test else {},
+        "self_test": _errors() if self_test else {},
     }
     report["ok"] = report["abi_ok"] and all(error < 1 for error in report["self_test"].values())
     return report
 
 
+def full_self_test() -> dict[str, Any]:
+    """What check_mlx_requirements finds, and more, for a bug report.
+
+    Adds to it:
+        system: the operating system and Python.
+        gpu_info: what MLX says of the GPU.
+        simdgroup_matrices: products_right, and elements_of_lanes, the two elements of an 8 x 8 matrix that each lane holds.
+        speeds: of each device, {call, unit, ours, mlx}.
+        warnings: what was warned of on the way.
+        error: where there was one, after which nothing more was tried.
+    """
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        report = check_mlx_requirements()
+        report["system"] = f"{platform.platform()}, Python {platform.python_version()}"
+        report["gpu_info"] = dict(mx.device_info(mx.gpu)) if mx.is_available(mx.gpu) else None
+        report["speeds"] = {}
+        try:
+            if mx.metal.is_available():
+                report["simdgroup_matrices"] = self_test.simdgroup_matrices()
+                report["ok"] = report["ok"] and report["simdgroup_matrices"]["products_right"]
+            for device in _devices():
+                report["speeds"][_name_of(device)] = self_test.speeds(device)
+        except Exception as error:  # the rest of the report is worth having
+            report["ok"] = False
+            report["error"] = f"{type(error).__name__}: {error}"
+    report["warnings"] = [str(warning.message) for warning in caught]
+    return report
+
+
 def _accepts_arrays() -> bool:
-    array = mx.zeros((1, 1, 1, 1), stream=_CPU)
+    array = mx.zeros((1, 1, 1, 1), stream=self_test.CPU)
     try:
-        flash_attn_func(array, array, array, stream=_CPU)
+        flash_attn_func(array, array, array, stream=self_test.CPU)
     except TypeError:  # what nanobind raises when the two modules do not share their types
         return False
     return True
 
 
-@contextmanager
-def _routed_to(name: str) -> Iterator[None]:
-    """The kernel or the reference, whatever the caller's environment says."""
-    settings = {"FLASH_ATTENTION_MLX_REF": str(int(name == "reference")), "FLASH_ATTENTION_MLX_ROUTE": "auto"}
-    before = {variable: os.environ.get(variable) for variable in settings}
-    os.environ.update(settings)
-    try:
-        yield
-    finally:
-        for variable, value in before.items():
-            if value is None:
-                del os.environ[variable]
-            else:
-                os.environ[variable] = value
+def _devices() -> list[mx.Device]:
+    """Those with kernels of ours."""
+    return [self_test.CPU, *([mx.Device(mx.gpu)] if mx.metal.is_available() else [])]
 
 
-def _cases() -> Iterator[tuple[str, tuple[int, ...], tuple[int, ...], Attention]]:
-    """Name, shape of q, shape of k and v, function of (q, k, v)."""
-
-    def dense(**options: Any) -> Attention:
-        return lambda q, k, v: cast(mx.array, flash_attn_func(q, k, v, stream=_CPU, **options))
-
-    yield "full", (2, 33, 4, 64), (2, 47, 4, 64), dense()
-    yield "causal, grouped heads", (1, 70, 4, 40), (1, 90, 2, 40), dense(causal=True)
-    slopes = mx.array([0.5, 0.25, 0.125, 0.0625])
-    yield "window, softcap, ALiBi", (1, 65, 4, 32), (1, 65, 4, 32), dense(window_size=(20, 5), softcap=8.0, alibi_slopes=slopes)
-    yield "dropout", (1, 50, 2, 64), (1, 50, 2, 64), dense(dropout_p=0.3, dropout_key=mx.array([1, 2], mx.uint32))
-    starts = mx.array([0, 5, 5, 60], mx.int32)
-
-    def varlen(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
-        return cast(mx.array, flash_attn_varlen_func(q, k, v, starts, starts, 55, 55, causal=True, stream=_CPU))
-
-    yield "varlen, causal", (60, 2, 64), (60, 2, 64), varlen
+def _name_of(device: mx.Device) -> str:
+    return "cpu" if device == self_test.CPU else "metal"
 
 
-def _decode_step(dtype: mx.Dtype) -> list[mx.array]:
-    """out and both caches after two tokens are rotated, appended to pages in no order, and attended."""
-    batch, new, heads, heads_k, dim, page_size, blocks = 2, 2, 4, 2, 64, 16, 4
-    keys = iter(mx.random.split(mx.random.key(8), 7))
-
-    def normal(*shape: int) -> mx.array:
-        return mx.random.normal(shape, dtype, key=next(keys), stream=_CPU)
-
-    k_cache, v_cache = (normal(batch * blocks, page_size, heads_k, dim) for _ in range(2))
-    k, v = (normal(batch, new, heads_k, dim) for _ in range(2))
-    cos, sin = (normal(blocks * page_size, dim // 2) for _ in range(2))
-    pages = mx.array([[6, 1, 3, 0], [2, 7, 5, 4]], mx.int32)
-    lengths = mx.array([15, 40], mx.int32)
-    out = flash_attn_with_kvcache(
-        normal(batch, new, heads, dim), k_cache, v_cache, k, v, cos, sin, lengths, block_table=pages, causal=True, stream=_CPU
-    )
-    results = [out, k_cache, v_cache]
-    mx.eval(results)
-    return results
-
-
-def _self_test() -> dict[str, float]:
-    """Small calls in every dtype, forward and backward, and a step of decoding: the kernels against the composed reference."""
-    errors = {}
-    for dtype, (out_tolerance, gradient_tolerance) in _TOLERANCE.items():
-        for name, q_shape, k_shape, attention in _cases():
-            keys = mx.random.split(mx.random.key(7), 4)
-            shapes = (q_shape, k_shape, k_shape, q_shape)
-            *inputs, cotangent = (
-                mx.random.normal(shape, dtype, key=key, stream=_CPU) for shape, key in zip(shapes, keys, strict=True)
-            )
-            with _routed_to("kernel"):
-                ours = _out_and_gradients(attention, inputs, cotangent)
-            with _routed_to("reference"):
-                truth = _out_and_gradients(attention, inputs, cotangent)
-            tolerances = (out_tolerance, gradient_tolerance, gradient_tolerance, gradient_tolerance)
-            errors[f"{name}, {str(dtype).removeprefix('mlx.core.')}"] = max(
-                _relative_error(got, expected) / tolerance
-                for got, expected, tolerance in zip(ours, truth, tolerances, strict=True)
-            )
-        with _routed_to("kernel"):
-            ours = _decode_step(dtype)
-        with _routed_to("reference"):
-            truth = _decode_step(dtype)
-        errors[f"paged decode, {str(dtype).removeprefix('mlx.core.')}"] = max(
-            _relative_error(got, expected) / out_tolerance for got, expected in zip(ours, truth, strict=True)
-        )
-    return errors
-
-
-def _out_and_gradients(attention: Attention, inputs: list[mx.array], cotangent: mx.array) -> list[mx.array]:
-    out, gradients = mx.vjp(attention, inputs, [cotangent])
-    results = [*out, *gradients]
-    mx.eval(results)
-    return results
-
-
-def _relative_error(got: mx.array, expected: mx.array) -> float:
-    with mx.stream(_CPU):
-        got, expected = got.astype(mx.float32), expected.astype(mx.float32)
-        error = mx.abs(got - expected).max() / mx.maximum(1.0, mx.abs(expected).max())
-        return float(mx.where(mx.isnan(error), mx.inf, error))  # NaN is no pass
+def _errors() -> dict[str, float]:
+    found: dict[str, float] = {}
+    for device in _devices():
+        errors = self_test.errors(device)
+        found |= {f"{name}, {_name_of(device)}": error for name, error in errors.items()}
+    return found
 
 
 def _print_report(report: dict[str, Any]) -> None:
@@ -178,11 +122,33 @@ def _print_report(report: dict[str, Any]) -> None:
     print(f"  GPU         {report['gpu'] or 'none'}")
     print("  self-test   error / what rounding allows")
     for name, error in report["self_test"].items():
-        print(f"    {name:<34} {error:7.3f}  {'pass' if error < 1 else 'FAIL'}")
+        print(f"    {name:<40} {error:7.3f}  {'pass' if error < 1 else 'FAIL'}")
+    if matrices := report.get("simdgroup_matrices"):
+        print(f"  simdgroup_matrix products: {'pass' if matrices['products_right'] else 'FAIL'}")
+        print(f"    elements of the lanes: {matrices['elements_of_lanes']}")
+    for device, calls in report.get("speeds", {}).items():
+        print(f"  speed on {device:<55} {'ours':>9} {'MLX':>9}")
+        for call in calls:
+            print(f"    {call['call']:<60} {call['ours']:9.3f} {call['mlx']:9.3f} {call['unit']}")
+    for warning in report.get("warnings", []):
+        print(f"  warning: {warning}")
+    if "error" in report:
+        print(f"  error: {report['error']}")
     print("pass" if report["ok"] else "FAIL")
 
 
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m flash_attn.flash_attn_mlx.device", description=__doc__)
+    parser.add_argument("--self-test", action="store_true", help="also measure, and write everything as JSON")
+    parser.add_argument("--json", type=Path, default=Path("flash_attn_self_test.json"), help="where (default: %(default)s)")
+    arguments = parser.parse_args()
+    report = full_self_test() if arguments.self_test else check_mlx_requirements()
+    _print_report(report)
+    if arguments.self_test:
+        arguments.json.write_text(json.dumps(report, indent=1, default=str) + "\n")
+        print(f"attach {arguments.json} to a bug report")
+    return 0 if report["ok"] else 1
+
+
 if __name__ == "__main__":
-    found = check_mlx_requirements()
-    _print_report(found)
-    sys.exit(0 if found["ok"] else 1)
+    sys.exit(main())
