@@ -5,6 +5,7 @@
 #pragma once
 
 #include "metal/scores.metal"
+#include "metal/tile.metal"
 #include "metal/unused_rows.metal"
 
 namespace flash_attn {

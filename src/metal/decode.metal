@@ -230,13 +230,13 @@ METAL_FUNC void add_parts(thread Scores (&s)[row_tiles], threadgroup float* memo
 
 /// m and l of all turns; O is brought to the common m. All simdgroups of the threadgroup call it.
 METAL_FUNC void merge_softmax(
-    thread SoftmaxRow (&softmax)[row_tiles], thread Outputs (&o)[row_tiles], threadgroup float* memory, int turn, LanePlace place,
-    uint lane) {
+    thread SoftmaxRow (&softmax)[row_tiles], thread Outputs (&o)[row_tiles], threadgroup float* memory, int turn, int part,
+    LanePlace place, uint lane) {
   FA_UNROLL
   for (short r = 0; r < row_tiles; ++r) {
     const int at = (turn * FA_BQ + r * fragment_size + place.row) * 2;
     const float l = row_sum(softmax[r].l);
-    if (is_first_of_row(lane)) {
+    if (part == 0 && is_first_of_row(lane)) {
       memory[at] = softmax[r].m;
       memory[at + 1] = l;
     }
@@ -401,7 +401,7 @@ for (int tile = split_begin; tile + ahead < needed.end; tile += turns * FA_BK) {
 }
 
 if (turns > 1) {
-  merge_softmax(softmax, O, shared_softmax, turn, place, lane);
+  merge_softmax(softmax, O, shared_softmax, turn, part, place, lane);
   add_outputs(O, shared, turn, part, lane);
 }
 for (short r = 0; r < row_tiles; ++r) {

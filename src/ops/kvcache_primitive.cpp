@@ -8,6 +8,8 @@
 #include "mlx/backend/cpu/encoder.h"
 #include "ops/attention_node.h"
 #include "ops/cpu_views.h"
+#include "ops/metal_kvcache.h"
+#include "ops/metal_launch.h"
 #include "ops/strided_copy.h"
 #include "ops/vjp.h"
 
@@ -143,6 +145,7 @@ std::vector<mx::array> cache_arrays(const AttentionCall& call) {
 }
 
 KVCacheOutputs kvcache_node(const AttentionCall& given) {
+  if (runs_on_metal(given.stream)) return metal_kvcache(given);
   AttentionCall call = given;
   call.optional = with_contiguous_vectors(std::move(call.optional), call.stream);
   std::vector<mx::Shape> shapes = {out_shape(call), lse_shape(call)};
