@@ -5,6 +5,8 @@
 #include <cstdint>
 #include <cstdlib>
 #include <initializer_list>
+#include <span>
+#include <type_traits>
 #include <utility>
 
 #include "metal/params.h"
@@ -27,8 +29,7 @@ struct TileChoice {
   TileShape shape;
 };
 
-template <std::size_t n>
-TileShape choose(const std::array<TileChoice, n>& table, int head_dim) {
+TileShape choose(std::span<const TileChoice> table, int head_dim) {
   for (const TileChoice& choice : table) {
     if (head_dim <= choice.head_dim) return choice.shape;
   }
@@ -41,18 +42,15 @@ constexpr int first_generation_with_wide_key_blocks = 15;
 // Registers hold Q, O and one S a simdgroup; K and V lie in threadgroup memory, at most 32 KB.
 constexpr int largest_forward_head_dim = 256;
 
-constexpr std::array<TileChoice, 3> forward_16_bits = {{{96, {32, 32, 4, 1}}, {128, {32, 16, 4, 1}}, {256, {32, 16, 8, 2}}}};
-constexpr std::array<TileChoice, 3> forward_32_bits = {{{96, {32, 16, 4, 1}}, {128, {32, 16, 4, 1}}, {256, {32, 16, 8, 2}}}};
+constexpr TileChoice forward_16_bits[] = {{96, {32, 32, 4, 1}}, {128, {32, 16, 4, 1}}, {256, {32, 16, 8, 2}}};
+constexpr TileChoice forward_32_bits[] = {{96, {32, 16, 4, 1}}, {128, {32, 16, 4, 1}}, {256, {32, 16, 8, 2}}};
 // Of the backward, more operands stay in registers: simdgroups share a head dim before a thread needs more than the 128
-// registers of an M1.
-constexpr std::array<TileChoice, 3> backward_dq_16_bits = {
-    {{96, {32, 32, 4, 1}}, {128, {32, 16, 4, 1}}, {256, {32, 16, 8, 2}}}};
-constexpr std::array<TileChoice, 3> backward_dq_32_bits = {
-    {{96, {32, 16, 4, 1}}, {128, {32, 16, 8, 2}}, {256, {16, 8, 8, 4}}}};
-constexpr std::array<TileChoice, 4> backward_dkv_16_bits = {
-    {{64, {32, 32, 4, 1}}, {96, {16, 32, 4, 1}}, {192, {16, 32, 8, 2}}, {256, {16, 16, 8, 4}}}};
-constexpr std::array<TileChoice, 3> backward_dkv_32_bits = {
-    {{64, {16, 32, 4, 1}}, {128, {16, 32, 8, 2}}, {256, {8, 16, 8, 4}}}};
+// registers of 32 bits that an M1 has.
+constexpr TileChoice backward_dq_16_bits[] = {{96, {32, 32, 4, 1}}, {128, {32, 16, 4, 1}}, {256, {32, 16, 8, 2}}};
+constexpr TileChoice backward_dq_32_bits[] = {{96, {32, 16, 4, 1}}, {128, {32, 16, 8, 2}}, {256, {16, 8, 8, 4}}};
+constexpr TileChoice backward_dkv_16_bits[] = {
+    {64, {32, 32, 4, 1}}, {96, {16, 32, 4, 1}}, {192, {16, 32, 8, 2}}, {256, {16, 16, 8, 4}}};
+constexpr TileChoice backward_dkv_32_bits[] = {{64, {16, 32, 4, 1}}, {128, {16, 32, 8, 2}}, {256, {8, 16, 8, 4}}};
 
 int wish(const char* variable, int otherwise) {
   const char* value = std::getenv(variable);
@@ -67,11 +65,10 @@ TileShape with_wishes(TileShape shape) {
   return shape;
 }
 
-template <std::size_t n>
-TileShape tile_shape(const AttentionProblem& problem, const std::array<TileChoice, n>& for_16_bits,
-                     const std::array<TileChoice, n>& for_32_bits) {
+TileShape tile_shape(const AttentionProblem& problem, std::span<const TileChoice> for_16_bits,
+                     std::span<const TileChoice> for_32_bits) {
   const int head_dim = std::max(problem.head_dim, problem.head_dim_v);
-  return with_wishes(choose(problem.dtype == DType::float32 ? for_32_bits : for_16_bits, head_dim));
+  return with_wishes(problem.dtype == DType::float32 ? choose(for_32_bits, head_dim) : choose(for_16_bits, head_dim));
 }
 
 // ---- #defines
