@@ -1,5 +1,5 @@
-// dK and dV of FA_BK keys of a kv head (FlashAttention-2, algorithm 2). A simdgroup owns eight keys, or with FA_SPLIT_D 2 half
-// of the head dims of eight keys, and keeps their K^T, V^T, dK^T and dV^T in registers.
+// dK and dV of FA_BK keys of a kv head (FlashAttention-2, algorithm 2). A simdgroup owns eight keys, or with FA_SPLIT_D a
+// part of the head dims of eight keys, and keeps their K^T, V^T, dK^T and dV^T in registers.
 //
 //   for each block of packed rows, of which some see the keys:
 //     S     = Q K^T,  P = 2^(S - lse)                      [rows][keys]

@@ -1,5 +1,5 @@
-// dQ of FA_BQ packed rows of a kv head. A simdgroup has eight rows, or with FA_SPLIT_D 2 half of the head dims of eight rows, and
-// keeps their Q, dO and dQ in registers.
+// dQ of FA_BQ packed rows of a kv head. A simdgroup has eight rows, or with FA_SPLIT_D a part of the head dims of eight rows,
+// and keeps their Q, dO and dQ in registers.
 //
 //   for each block of keys that some row sees:
 //     S   = Q K^T,  P = 2^(S - lse)                        [rows][keys]
@@ -19,21 +19,24 @@ constant constexpr bool has_attn_mask = true;
 constant constexpr bool has_attn_mask = false;
 #endif
 
-/// What a NaN key makes of rows that see it is in their dS; those that do not must not meet it as 0 * NaN.
-METAL_FUNC Fragment<float> finite_or_zero(Fragment<float> x) {
-  FA_UNROLL
-  for (short i = 0; i < 2; ++i) x[i] = metal::abs(x[i]) <= -lowest_score ? x[i] : 0.0f;
-  return x;
+/// Keys of infinities and NaN as 0. What they make of rows that see them is in those rows' dS; the others must not meet them as
+/// 0 * NaN.
+METAL_FUNC void drop_non_finite(StoredRows keys, uint thread_index) {
+  constexpr int elements = 2 * stored_dims(FA_D);  // of a pair
+  for (int i = int(thread_index); i < FA_BK / 2 * elements; i += threads) {
+    const int place = i / elements * pair_pitch + i % elements;
+    if (!(metal::abs(float(keys[place])) <= -lowest_score)) keys[place] = FA_T(0.0f);
+  }
 }
 
-/// dQ += dS K of eight keys.
-template <bool is_masked>
+/// dQ += dS K of eight keys that are stored in pairs.
 METAL_FUNC void accumulate_query_gradient(
     thread Tile<dim_tiles>& dq, Fragment<float> ds, ConstStoredRows k, LanePlace place) {
+  const ConstStoredRows key = k + place.row / 2 * pair_pitch + place.row % 2 + 2 * place.column;
   FA_UNROLL
   for (short d = 0; d < dim_tiles; ++d) {
-    const Fragment<float> keys = load_fragment<float>(k + d * fragment_size, place, pitch, 1);
-    multiply_accumulate(dq.fragment[d], ds, is_masked ? finite_or_zero(keys) : keys);
+    const ConstStoredRows dims = key + 2 * d * fragment_size;
+    multiply_accumulate(dq.fragment[d], ds, Fragment<FA_T>(dims[0], dims[2]));
   }
 }
 
@@ -65,8 +68,8 @@ METAL_FUNC void zero_unused_queries(
 
 FA_BODY
 using namespace flash_attn;
-threadgroup FA_T k_memory[FA_BK * pitch];
-threadgroup FA_T v_memory[FA_BK * value_pitch];
+threadgroup FA_T k_memory[FA_BK / 2 * pair_pitch];
+threadgroup FA_T v_memory[FA_BK / 2 * value_pair_pitch];
 threadgroup float parts[parts_size];
 
 const int kv_head = int(threadgroup_position_in_grid.y);
@@ -86,7 +89,8 @@ zero_unused_queries(
 const int block = blocks_of(packed_rows(sequence), FA_BQ) - 1 - int(threadgroup_position_in_grid.x);
 if (block < 0) return;
 const int block_end = min_of(block * FA_BQ + FA_BQ, packed_rows(sequence));
-const KeyRange keys = seen_keys(sequence.rule, block * FA_BQ, block_end).some;
+const SeenKeys seen_by_block = seen_keys(sequence.rule, block * FA_BQ, block_end);
+const KeyRange keys = seen_by_block.some;
 
 // A row past the last repeats it, and is not stored.
 const int tile_begin = block * FA_BQ + int(simdgroup) / FA_SPLIT_D * fragment_size;
@@ -111,16 +115,21 @@ dQ.fill(0.0f);
 
 for (int key = keys.begin / FA_BK * FA_BK; key < keys.end; key += FA_BK) {
   threadgroup_barrier(mem_flags::mem_threadgroup);
-  load_rows<FA_D, FA_BK>(k_memory, key_rows(k, key_strides(k_strides), sequence, kv_head, key, keys), thread_index);
-  load_rows<FA_DV, FA_BK>(v_memory, key_rows(v, key_strides(v_strides), sequence, kv_head, key, keys), thread_index);
+  load_pairs<FA_D, FA_BK>(k_memory, key_rows(k, key_strides(k_strides), sequence, kv_head, key, keys), thread_index);
+  load_pairs<FA_DV, FA_BK>(v_memory, key_rows(v, key_strides(v_strides), sequence, kv_head, key, keys), thread_index);
   threadgroup_barrier(mem_flags::mem_threadgroup);
 
   Tile<key_tiles> S;
   S.fill(0.0f);
   Tile<key_tiles> dP;
   dP.fill(0.0f);
-  multiply_by_keys(S, dP, Q, dO, k_memory + dim, v_memory + value_dim, key, seen.some, place);
+  multiply_by_keys(S, dP, Q, dO, k_memory + 2 * dim, v_memory + 2 * value_dim, key, seen.some, place);
   add_parts(S, dP, parts, simdgroup, lane);
+  if (has_attn_mask || !contains(seen_by_block.every, key, key + FA_BK)) {
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+    drop_non_finite(k_memory, thread_index);
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+  }
 
   const auto dropout = dropout_of(params, row.score, key + place.column, dropout_key);
   FA_UNROLL
@@ -131,12 +140,7 @@ for (int key = keys.begin / FA_BK * FA_BK; key < keys.end; key += FA_BK) {
     const ScoreGradient gradient =
         score_gradient(S.fragment[j], dP.fragment[j], row, first + place.column, every, scale, dropout, attn_mask);
     const Fragment<float> dS = dot_gradient(gradient.ds, S.fragment[j], scale);
-    const ConstStoredRows K = k_memory + j * fragment_size * pitch + dim;
-    if (every && !has_attn_mask) {
-      accumulate_query_gradient<false>(dQ, dS, K, place);
-    } else {
-      accumulate_query_gradient<true>(dQ, dS, K, place);
-    }
+    accumulate_query_gradient(dQ, dS, k_memory + j * fragment_size / 2 * pair_pitch + 2 * dim, place);
   }
 }
 

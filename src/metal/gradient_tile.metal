@@ -86,32 +86,38 @@ METAL_FUNC Fragment<float> dot_gradient(Fragment<float> ds, Fragment<float> dot,
   return ds;
 }
 
-// ---- two simdgroups share a tile: each adds the other's part of q.k and dP, lane by lane
+// ---- FA_SPLIT_D simdgroups share tiles: each has a part of q.k and dP, lane by lane
 
 constant constexpr int part_size = 4 * 32;  // of one tile and simdgroup
 
-/// Every simdgroup calls it; between two calls lies a barrier.
+/// Parts to sums, the same in all simdgroups that share them. Every simdgroup calls it; between two calls lies a barrier.
 template <int tiles>
 METAL_FUNC void add_parts(
     thread Tile<tiles>& dot, thread Tile<tiles>& dp, threadgroup float* parts, uint simdgroup, uint lane) {
 #if FA_SPLIT_D > 1
-  threadgroup float* const mine = parts + simdgroup * tiles * part_size + lane * 4;
-  const threadgroup float* const others = parts + (simdgroup ^ 1u) * tiles * part_size + lane * 4;
   FA_UNROLL
   for (short t = 0; t < tiles; ++t) {
+    threadgroup float* const mine = parts + (int(simdgroup) * tiles + t) * part_size + int(lane) * 4;
     FA_UNROLL
     for (short i = 0; i < 2; ++i) {
-      mine[t * part_size + i] = dot.fragment[t][i];
-      mine[t * part_size + 2 + i] = dp.fragment[t][i];
+      mine[i] = dot.fragment[t][i];
+      mine[2 + i] = dp.fragment[t][i];
     }
   }
   threadgroup_barrier(mem_flags::mem_threadgroup);
+  dot.fill(0.0f);
+  dp.fill(0.0f);
+  const int first = int(simdgroup) / FA_SPLIT_D * FA_SPLIT_D;
   FA_UNROLL
   for (short t = 0; t < tiles; ++t) {
     FA_UNROLL
-    for (short i = 0; i < 2; ++i) {
-      dot.fragment[t][i] += others[t * part_size + i];
-      dp.fragment[t][i] += others[t * part_size + 2 + i];
+    for (short part = 0; part < FA_SPLIT_D; ++part) {
+      const threadgroup float* const theirs = parts + ((first + part) * tiles + t) * part_size + int(lane) * 4;
+      FA_UNROLL
+      for (short i = 0; i < 2; ++i) {
+        dot.fragment[t][i] += theirs[i];
+        dp.fragment[t][i] += theirs[2 + i];
+      }
     }
   }
 #endif

@@ -66,8 +66,8 @@ METAL_FUNC void add_rows(thread Tile<key_tiles>& tile, threadgroup float* sums, 
 
 FA_BODY
 using namespace flash_attn;
-threadgroup FA_T k_memory[FA_BK * pitch];
-threadgroup FA_T v_memory[FA_BK * value_pitch];
+threadgroup FA_T k_memory[FA_BK / 2 * pair_pitch];
+threadgroup FA_T v_memory[FA_BK / 2 * value_pair_pitch];
 threadgroup float parts[parts_size];
 threadgroup float sums[FA_SIMDGROUPS * FA_BK];
 
@@ -104,9 +104,9 @@ for (int batch = batches.begin; batch < batches.end; ++batch) {
     for (int key = keys.begin; key < keys.end; key += FA_BK) {
       if (!sees(seen_by_rows, key, min_of(key + FA_BK, keys.end))) continue;
       threadgroup_barrier(mem_flags::mem_threadgroup);
-      load_rows<FA_D, FA_BK>(
+      load_pairs<FA_D, FA_BK>(
           k_memory, key_rows(k, key_strides(k_strides), sequence, head / FA_GROUP, key, seen_by_rows), thread_index);
-      load_rows<FA_DV, FA_BK>(
+      load_pairs<FA_DV, FA_BK>(
           v_memory, key_rows(v, key_strides(v_strides), sequence, head / FA_GROUP, key, seen_by_rows), thread_index);
 
       for (int first = rows.begin; first < rows.end; first += FA_BQ) {
@@ -132,7 +132,7 @@ for (int batch = batches.begin; batch < batches.end; ++batch) {
         S.fill(0.0f);
         Tile<key_tiles> dP;
         dP.fill(0.0f);
-        multiply_by_keys(S, dP, Q, dO, k_memory + dim, v_memory + value_dim, key, seen.some, place);
+        multiply_by_keys(S, dP, Q, dO, k_memory + 2 * dim, v_memory + 2 * value_dim, key, seen.some, place);
         add_parts(S, dP, parts, simdgroup, lane);
 
         const auto dropout = dropout_of(params, row.score, key + place.column, dropout_key);

@@ -25,14 +25,16 @@ METAL_FUNC void load_row(thread Tile<columns, FA_T>& tile, Pointer row, int firs
   }
 }
 
-/// A B^T of eight rows in registers and eight stored ones.
+/// A B^T of eight rows in registers and eight that are stored in pairs.
 template <int columns>
 METAL_FUNC Fragment<float> product_abt(
     thread const Tile<columns, FA_T>& a, ConstStoredRows b, int pitch_of_b, LanePlace place) {
+  const ConstStoredRows pairs = b + place.column / 2 * pitch_of_b + 2 * place.row;
   Fragment<float> sum = Fragment<float>(0.0f);
   FA_UNROLL
   for (short d = 0; d < columns; ++d) {
-    multiply_accumulate(sum, a.fragment[d], load_fragment<FA_T>(b + d * fragment_size, place, 1, pitch_of_b));
+    const ConstStoredRows pair = pairs + 2 * d * fragment_size;
+    multiply_accumulate(sum, a.fragment[d], Fragment<FA_T>(pair[0], pair[1]));
   }
   return sum;
 }
@@ -45,8 +47,8 @@ METAL_FUNC void multiply_by_keys(
   for (short j = 0; j < key_tiles; ++j) {
     const int first = j * fragment_size;
     if (!sees(seen, key + first, key + first + fragment_size)) continue;
-    dot.fragment[j] = product_abt(q, k + first * pitch, pitch, place);
-    dp.fragment[j] = product_abt(dout, v + first * value_pitch, value_pitch, place);
+    dot.fragment[j] = product_abt(q, k + first / 2 * pair_pitch, pair_pitch, place);
+    dp.fragment[j] = product_abt(dout, v + first / 2 * value_pair_pitch, value_pair_pitch, place);
   }
 }
 

@@ -1,4 +1,7 @@
-// Rows of an operand of the backward in threadgroup memory, [rows][dims]; products read them as they are or transposed.
+// Rows of an operand of the backward in threadgroup memory, by rows [rows][dims] or in pairs [rows / 2][dims][2].
+//
+// A lane's two elements of a fragment are neighbours in rows; of a transposed fragment they are neighbours in pairs. The padding
+// spreads the rows of a fragment over all banks.
 #pragma once
 
 #include "metal/sequence.metal"
@@ -9,38 +12,63 @@ namespace flash_attn {
 constant constexpr int threads = FA_SIMDGROUPS * 32;
 constant constexpr int run_length = 16 / int(sizeof(FA_T));
 
-/// Fragments of so many head dims that a simdgroup has: with FA_SPLIT_D 2, neighbours have half of them each.
+/// Fragments of so many head dims that a simdgroup has: FA_SPLIT_D neighbours have a part of them each.
 METAL_FUNC constexpr int part_tiles(int dims) { return (fragments(dims) + FA_SPLIT_D - 1) / FA_SPLIT_D; }
 
-/// Elements of a stored row: whole fragments, then padding that spreads the rows of a fragment over all banks.
 METAL_FUNC constexpr int stored_dims(int dims) { return part_tiles(dims) * FA_SPLIT_D * fragment_size; }
 METAL_FUNC constexpr int pitch_of(int dims) { return stored_dims(dims) + run_length; }
+METAL_FUNC constexpr int pair_pitch_of(int dims) { return 2 * stored_dims(dims) + (fragments(stored_dims(dims)) % 2 == 0 ? 16 : 0); }
 
 constant constexpr int dim_tiles = part_tiles(FA_D);
 constant constexpr int value_tiles = part_tiles(FA_DV);
 constant constexpr int pitch = pitch_of(FA_D);
 constant constexpr int value_pitch = pitch_of(FA_DV);
+constant constexpr int pair_pitch = pair_pitch_of(FA_D);
+constant constexpr int value_pair_pitch = pair_pitch_of(FA_DV);
 
 using StoredRows = threadgroup FA_T*;
 using ConstStoredRows = const threadgroup FA_T*;
 
-/// Rows 0 to count of `rows`; zeros in those that it has not, and past the last head dim.
+using StoredRun = Run<FA_T, run_length>;
+
+/// Of row i of `rows`, from `dim` on; zeros if there is no such row, and past the last head dim.
+template <int dims, class Rows>
+METAL_FUNC StoredRun run_of_row(Rows rows, int i, int dim) {
+  StoredRun run;
+  run.fill(FA_T(0.0f));
+  if (!rows.has(i)) return run;
+  if (dim + run_length <= dims) {
+    run.load(rows.row(i) + dim);
+  } else {
+    run.load_some(rows.row(i) + dim, dims - dim);
+  }
+  return run;
+}
+
 template <int dims, int count, class Rows>
 METAL_FUNC void load_rows(StoredRows block, Rows rows, uint thread_index) {
   constexpr int runs = stored_dims(dims) / run_length;
   for (int i = int(thread_index); i < count * runs; i += threads) {
-    const int row = i / runs;
     const int dim = i % runs * run_length;
-    Run<FA_T, run_length> run;
-    run.fill(FA_T(0.0f));
-    if (rows.has(row)) {
-      if (dim + run_length <= dims) {
-        run.load(rows.row(row) + dim);
-      } else {
-        run.load_some(rows.row(row) + dim, dims - dim);
-      }
+    run_of_row<dims>(rows, i / runs, dim).store(block + i / runs * pitch_of(dims) + dim);
+  }
+}
+
+template <int dims, int count, class Rows>
+METAL_FUNC void load_pairs(StoredRows block, Rows rows, uint thread_index) {
+  constexpr int runs = stored_dims(dims) / run_length;
+  for (int i = int(thread_index); i < count / 2 * runs; i += threads) {
+    const int pair = i / runs;
+    const int dim = i % runs * run_length;
+    const StoredRun even = run_of_row<dims>(rows, 2 * pair, dim);
+    const StoredRun odd = run_of_row<dims>(rows, 2 * pair + 1, dim);
+    Run<FA_T, 2 * run_length> both;
+    FA_UNROLL
+    for (short j = 0; j < run_length; ++j) {
+      both.values[2 * j] = even.values[j];
+      both.values[2 * j + 1] = odd.values[j];
     }
-    run.store(block + row * pitch_of(dims) + dim);
+    both.store(block + pair * pair_pitch_of(dims) + 2 * dim);
   }
 }
 
