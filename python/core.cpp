@@ -144,8 +144,9 @@ void bind_kvcache(nb::module_& module) {
 }
 
 void warn_in_python(const std::string& message) {
+  constexpr int user = 4;  // frames up: _call, _attention, the public function, who called it
   const nb::gil_scoped_acquire acquired;
-  if (PyErr_WarnEx(PyExc_RuntimeWarning, message.c_str(), 2) < 0) throw nb::python_error();
+  if (PyErr_WarnEx(PyExc_RuntimeWarning, message.c_str(), user) < 0) throw nb::python_error();
 }
 
 /// For tests: Metal kernels go to the MetalLauncher in the capsule; None undoes it. What was learnt of kernels is forgotten.

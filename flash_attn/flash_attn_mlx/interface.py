@@ -6,8 +6,6 @@ Everything is lazy and differentiable in q, k, v, attn_mask and learnable_sink, 
 
 from __future__ import annotations
 
-import os
-import warnings
 from collections.abc import Callable
 from typing import Any, TypeAlias, TypeVar
 
@@ -23,22 +21,6 @@ Result = TypeVar("Result")
 
 _PACKING = ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")
 
-_warned_of_reference = False
-
-
-def _warn_of_reference() -> None:
-    """Once a process: a call that nobody meant to be slow goes to the O(seqlen_q * seqlen_k) reference."""
-    global _warned_of_reference
-    if _warned_of_reference or os.environ.get("FLASH_ATTENTION_MLX_REF") == "1":
-        return
-    _warned_of_reference = True
-    warnings.warn(
-        "flash_attn has no GPU kernel in this build: this call is computed by MLX ops in O(seqlen_q * seqlen_k) memory. "
-        "_route(...) says why; stream=mx.cpu runs the fused CPU kernel. Said once.",
-        RuntimeWarning,
-        stacklevel=5,
-    )
-
 
 def _call(function: Callable[..., Result], arguments: tuple[str, ...], given: dict[str, Any]) -> Result:
     """`function` of the named arguments and of the options: everything else that the caller was `given`, its locals()."""
@@ -47,10 +29,8 @@ def _call(function: Callable[..., Result], arguments: tuple[str, ...], given: di
 
 
 def wanted_results(results: _core.Results, *, return_softmax_lse: bool, return_attn_probs: bool = False) -> Attention:
-    """What a caller asked for, of (out, lse, S_dmask, route); called by a function that the user called, or by one between."""
-    out, lse, S_dmask, route = results
-    if route == "reference":
-        _warn_of_reference()
+    """What a caller asked for, of (out, lse, S_dmask, route)."""
+    out, lse, S_dmask, _ = results
     if return_attn_probs:
         return out, lse, S_dmask
     if return_softmax_lse:

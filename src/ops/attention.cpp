@@ -4,12 +4,10 @@
 #include "cpu/isa.h"
 #include "mlx/fast.h"
 #include "mlx/ops.h"
-#include "ops/env.h"
 #include "ops/metal_launch.h"
 #include "ops/normalise.h"
 #include "ops/primitive.h"
 #include "ops/route.h"
-#include "ops/warn.h"
 #include "reference/kvcache.h"
 #include "reference/reference.h"
 
@@ -26,8 +24,8 @@ mx::array sdpa(const AttentionCall& call) {
   return heads_first(out);
 }
 
-AttentionOutputs compute(const AttentionCall& call, const Route& route) {
-  switch (route.target) {
+AttentionOutputs compute(const AttentionCall& call, Route::Target target) {
+  switch (target) {
     case Route::Target::kernel:
       if (!runs_on_metal(call.stream))
         cpu::kernels();  // throws for an unknown FLASH_ATTENTION_MLX_ISA: an error of the call, not of its evaluation
@@ -36,9 +34,6 @@ AttentionOutputs compute(const AttentionCall& call, const Route& route) {
       // The LSE that nobody asked for: lazy, so it costs nothing unless somebody reads it after all.
       return {sdpa(call), reference::attention(call).lse};
     case Route::Target::reference:
-      if (runs_on_metal(call.stream) && !env::force_reference()) {
-        warn_once("[flash_attn] " + route.why + ". MLX ops compute it, in O(N^2) memory");
-      }
       break;
   }
   if (call.problem.cached) return reference::attention_over_cache(call);
@@ -47,8 +42,8 @@ AttentionOutputs compute(const AttentionCall& call, const Route& route) {
 }
 
 AttentionResult run(const AttentionCall& call, const AttentionOptions& options) {
-  Route route = choose_route(call, options);
-  auto [out, lse] = compute(call, route);
+  Route route = take_route(call, options);
+  auto [out, lse] = compute(call, route.target);
   const bool wants_probabilities = options.return_attn_probs && call.problem.has_dropout;
   return {std::move(out), std::move(lse),
           wants_probabilities ? mx::stop_gradient(reference::attention(call).probabilities, call.stream)

@@ -77,7 +77,7 @@ void require_separate(const CacheRef& k_cache, const CacheRef& v_cache) {
 
 AttentionResult run(const AttentionCall& call, const CacheRef& k_cache, const CacheRef& v_cache,
                     const AttentionOptions& options) {
-  const Route route = choose_route(call, options);
+  const Route route = take_route(call, options);
   const mx::array no_probabilities(std::initializer_list<int>{}, call.q.dtype());
   const bool by_kernel = route.target == Route::Target::kernel;
   if (by_kernel) cpu::kernels();  // throws for an unknown FLASH_ATTENTION_MLX_ISA

@@ -11,9 +11,11 @@
 #include "mlx/ops.h"
 #include "mlx/transforms.h"
 #include "ops/attention_node.h"
+#include "ops/metal_kvcache.h"
 #include "ops/metal_probe.h"
 #include "ops/vjp.h"
 #include "ops/whole_rows.h"
+#include "reference/kvcache.h"
 #include "reference/reference.h"
 
 namespace flash_attn {
@@ -65,6 +67,7 @@ mx::array sink_gradient(const AttentionCall& call, const mx::array& lse, const m
 }
 
 AttentionOutputs reference_forward(const AttentionCall& call) {
+  if (call.problem.cached) return reference::attention_over_cache(call);
   const reference::Result result = reference::attention(call);
   return {result.out, result.lse};
 }
@@ -108,8 +111,16 @@ metal::Gpu metal_gpu() {
 
 namespace {
 
+/// The one that attends; several splits of decode are combined by another.
+metal::Kernel metal_kernel_of(const AttentionCall& call) {
+  const metal::Operands operands = metal_operands(call);
+  if (!metal::is_decoded(call.problem)) return metal::forward_kernel(call.problem, operands, metal_gpu());
+  return metal::decode_kernel(call.problem, operands, metal::decode_splits(call.problem, metal_gpu()));
+}
+
 AttentionOutputs forward_by_kernel(const AttentionCall& given) {
   const AttentionCall call = readable_by_metal(given);
+  if (metal::is_decoded(call.problem)) return metal_decode(call);
   const auto vjp = [problem = call.problem, present = presence(call.optional), stream = call.stream](
                        const Arrays& inputs, const Arrays& cotangents, const std::vector<int>& argnums, const Arrays& outputs) {
     return attention_vjp(call_of_node(problem, present, inputs, stream), {outputs[0], outputs[1]},
@@ -193,20 +204,26 @@ GradientSet backward_by_reference(const AttentionCall& call, const AttentionCota
 
 Probe forward_probe(const AttentionCall& call) {
   const auto both = [](const AttentionOutputs& outputs) { return Arrays{outputs.out, outputs.lse}; };
-  const metal::Kernel kernel = metal::forward_kernel(call.problem, metal_operands(call), metal_gpu());
-  return {.texts = kernel.name + address_spaces(node_inputs(call)),
-          .by_kernel = [both](const AttentionCall& small) { return both(forward_by_kernel(small)); },
-          .by_reference = [both](const AttentionCall& small) { return both(reference_forward(small)); }};
+  const bool splits = metal::is_decoded(call.problem) && metal::decode_splits(call.problem, metal_gpu()) > 1;
+  const auto small = [call, splits] {
+    AttentionCall result = small_call_like(call);
+    result.problem.num_splits = splits ? 2 : 1;
+    return result;
+  };
+  return {.texts = metal_kernel_of(call).name + address_spaces(node_inputs(call)),
+          .by_kernel = [=] { return both(forward_by_kernel(small())); },
+          .by_reference = [=] { return both(reference_forward(small())); }};
 }
 
 Probe backward_probe(const AttentionCall& call, const AttentionCotangents& cotangents, WantedGradients wanted) {
-  const auto gradients_of = [wanted](const AttentionCall& small, auto backward) {
+  const auto gradients_of = [call, wanted](auto backward) {
+    const AttentionCall small = small_call_like(call);
     const AttentionOutputs outputs = reference_forward(small);
     // Any cotangents do; these differ from element to element.
     const AttentionCotangents cotangents = {mx::sin(mx::multiply(outputs.out, mx::array(7.0f, outputs.out.dtype()))),
                                             mx::where(mx::isfinite(outputs.lse), mx::cos(outputs.lse), mx::array(0.0f))};
     Arrays arrays;
-    for (auto& gradient : backward(outputs, cotangents)) {
+    for (auto& gradient : backward(small, outputs, cotangents)) {
       if (gradient) arrays.push_back(*gradient);
     }
     return arrays;
@@ -216,29 +233,32 @@ Probe backward_probe(const AttentionCall& call, const AttentionCotangents& cotan
   const metal::Kernel kernel = metal::backward_dkv_kernel(call.problem, metal_operands(call), metal_gpu());
   return {.texts = kernel.name + wanted.to_string() + address_spaces(inputs),
           .by_kernel =
-              [=](const AttentionCall& small) {
-                return gradients_of(small, [&](const AttentionOutputs& outputs, const AttentionCotangents& small_cotangents) {
-                  return backward_by_kernels(small, outputs, small_cotangents, wanted);
-                });
+              [=] {
+                return gradients_of(
+                    [wanted](const AttentionCall& small, const AttentionOutputs& outputs, const AttentionCotangents& of_small) {
+                      return backward_by_kernels(small, outputs, of_small, wanted);
+                    });
               },
           .by_reference =
-              [=](const AttentionCall& small) {
-                return gradients_of(small, [&](const AttentionOutputs&, const AttentionCotangents& small_cotangents) {
-                  return backward_by_reference(small, small_cotangents, wanted);
-                });
+              [=] {
+                return gradients_of(
+                    [wanted](const AttentionCall& small, const AttentionOutputs&, const AttentionCotangents& of_small) {
+                      return backward_by_reference(small, of_small, wanted);
+                    });
               }};
 }
 
 }  // namespace
 
 AttentionOutputs metal_attention(const AttentionCall& call) {
-  if (is_empty(call) || !is_trusted(call, forward_probe(call))) return reference_forward(call);
+  if (is_empty(call) || !is_trusted(forward_probe(call), call.stream)) return reference_forward(call);
   return forward_by_kernel(call);
 }
 
 GradientSet metal_backward(const AttentionCall& call, const AttentionOutputs& outputs, const AttentionCotangents& cotangents,
                            WantedGradients wanted) {
-  if (!is_trusted(call, backward_probe(call, cotangents, wanted))) return backward_by_reference(call, cotangents, wanted);
+  if (!is_trusted(backward_probe(call, cotangents, wanted), call.stream))
+    return backward_by_reference(call, cotangents, wanted);
   return backward_by_kernels(call, outputs, cotangents, wanted);
 }
 

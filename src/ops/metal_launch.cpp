@@ -59,7 +59,7 @@ class FlashAttentionMetal final : public mx::Primitive {
   FlashAttentionMetal(Launch launch, std::shared_ptr<mx::Primitive> node)
       : mx::Primitive(launch.stream), launch_(std::move(launch)), node_(std::move(node)) {}
 
-  const char* name() const override { return launch_.kernel.name.c_str(); }
+  DEFINE_NAME(FlashAttentionMetal)
 
   void eval_cpu(const Arrays& inputs, Arrays& outputs) override { node_->eval_cpu(inputs, outputs); }
 

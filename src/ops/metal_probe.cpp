@@ -51,6 +51,8 @@ constexpr int most_sequences = 8;
 constexpr int most_kv_heads = 8;
 constexpr int most_rows = 40;
 constexpr int most_keys = 72;
+constexpr int most_blocks = 8;
+constexpr int most_pages = 12;
 
 class SmallData {
  public:
@@ -60,6 +62,8 @@ class SmallData {
 
   mx::array like(const mx::array& array, const mx::Shape& shape) {
     if (array.dtype() == mx::bool_) return mx::greater(normal(shape, mx::float32), mx::array(-1.0f), stream_);
+    if (array.dtype() == mx::uint32) return mx::random::bits(shape, 4, next_key(), stream_);
+    if (array.dtype() == mx::int8) return mx::astype(mx::multiply(normal(shape, mx::float32), mx::array(40.0f)), mx::int8);
     return normal(shape, array.dtype());
   }
 
@@ -118,17 +122,62 @@ std::string difference(const std::vector<mx::array>& got, const std::vector<mx::
   return {};
 }
 
-std::string why_not_trusted(const AttentionCall& call, const Probe& probe) {
+std::string why_not_trusted(const Probe& probe, mx::Stream stream) {
   try {
-    const mx::StreamContext context(call.stream);
-    const AttentionCall small = small_call_like(call);
-    std::vector<mx::array> got = probe.by_kernel(small);
-    std::vector<mx::array> want = probe.by_reference(small);
+    const mx::StreamContext context(stream);
+    std::vector<mx::array> got = probe.by_kernel();
+    std::vector<mx::array> want = probe.by_reference();
     mx::eval(got);
     mx::eval(want);
     return difference(got, want);
   } catch (const std::exception& error) {
     return error.what();
+  }
+}
+
+}  // namespace
+
+namespace {
+
+/// Rows of a cache, or pages that a table lists.
+void shrink_cache(const AttentionCall& call, AttentionCall& small, SmallData& data) {
+  const AttentionProblem& problem = call.problem;
+  OptionalInputs& optional = small.optional;
+  const int batch = shrunk(problem.batch, most_sequences);
+  const int heads_k = shrunk(problem.heads_k, most_kv_heads);
+  int rows = optional.cache_batch_idx ? shrunk(problem.cache_rows, most_sequences) : batch;
+  int slots = shrunk(problem.max_seqlen_k, most_keys);
+  if (problem.page_size > 0) {
+    const int table_rows = optional.cache_batch_idx ? shrunk(problem.table_rows, most_sequences) : batch;
+    const int blocks = shrunk(problem.table_blocks, most_blocks);
+    rows = shrunk(problem.cache_rows, most_pages);
+    slots = problem.page_size;
+    std::vector<std::int32_t> pages;
+    for (int i = 0; i < table_rows * blocks; ++i) pages.push_back((7 * i + 3) % rows);
+    optional.block_table = mx::reshape(integers(pages), {table_rows, blocks});
+  }
+  const auto resized = [&](const mx::array& array) {
+    mx::Shape shape = array.shape();
+    shape[0] = rows;
+    shape[1] = slots;
+    shape[2] = heads_k;
+    return shape;
+  };
+  small.k = data.like(call.k, resized(call.k));
+  small.v = data.like(call.v, resized(call.v));
+  for (auto* part : {&optional.k_scales, &optional.k_biases, &optional.v_scales, &optional.v_biases}) {
+    if (*part) *part = mx::multiply(mx::array(0.02f, (*part)->dtype()), data.like(**part, resized(**part)));
+  }
+  if (optional.cache_batch_idx) {
+    std::vector<std::int32_t> of_sequence;
+    const int there = problem.page_size > 0 ? optional.block_table->shape(0) : rows;
+    for (int i = 0; i < batch; ++i) of_sequence.push_back((3 * i + 1) % there);
+    optional.cache_batch_idx = integers(of_sequence);
+  }
+  if (optional.cache_leftpad) {
+    std::vector<std::int32_t> leftpad;
+    for (int i = 0; i < batch; ++i) leftpad.push_back(i % 3);
+    optional.cache_leftpad = integers(leftpad);
   }
 }
 
@@ -144,19 +193,24 @@ AttentionCall small_call_like(const AttentionCall& call) {
   const int heads_q = heads_k * problem.group();
   const int rows = shrunk(problem.max_seqlen_q, most_rows);
   const int keys = shrunk(problem.max_seqlen_k, most_keys);
+  const int total_q = std::min(problem.total_q, batch * rows);
+  const int total_k = std::min(problem.total_k, batch * keys);
   const auto shape = [&](const mx::array& tensor, int seqlen, int total, int heads) {
     return problem.varlen ? mx::Shape{total, heads, tensor.shape(-1)} : mx::Shape{batch, seqlen, heads, tensor.shape(-1)};
   };
-  const int total_q = std::min(problem.total_q, batch * rows);
-  const int total_k = std::min(problem.total_k, batch * keys);
   problem.max_seqlen_q = rows;
   problem.max_seqlen_k = keys;
   problem.window_left = std::min(problem.window_left, 24);
   problem.window_right = std::min(problem.window_right, 24);
   problem.attention_chunk = std::min(problem.attention_chunk, 24);
   small.q = data.like(call.q, shape(call.q, rows, total_q, heads_q));
-  small.k = data.like(call.k, shape(call.k, keys, total_k, heads_k));
-  small.v = data.like(call.v, shape(call.v, keys, total_k, heads_k));
+  if (optional.qv) optional.qv = data.like(*optional.qv, shape(*optional.qv, rows, total_q, heads_q));
+  if (problem.cached) {
+    shrink_cache(call, small, data);
+  } else {
+    small.k = data.like(call.k, shape(call.k, keys, total_k, heads_k));
+    small.v = data.like(call.v, shape(call.v, keys, total_k, heads_k));
+  }
   if (optional.attn_mask) {
     optional.attn_mask = data.like(*optional.attn_mask, shrunk(optional.attn_mask->shape(), {batch, heads_q, rows, keys}));
   }
@@ -174,10 +228,10 @@ AttentionCall small_call_like(const AttentionCall& call) {
   return small;
 }
 
-bool is_trusted(const AttentionCall& call, const Probe& probe) {
+bool is_trusted(const Probe& probe, mx::Stream stream) {
   if (!metal_launches_are_probed()) return true;
   if (const auto verdict = verdicts().find(probe.texts)) return *verdict;
-  const std::string why_not = why_not_trusted(call, probe);
+  const std::string why_not = why_not_trusted(probe, stream);
   verdicts().set(probe.texts, why_not.empty());
   if (!why_not.empty()) {
     warn_once("[flash_attn] a Metal kernel is not used and MLX ops compute instead, in O(N^2) memory: " + why_not);

@@ -5,21 +5,21 @@
 
 #include <functional>
 #include <string>
+#include <vector>
 
 #include "ops/call.h"
 
 namespace flash_attn {
 
-/// The kernels in question, by what tells their texts apart, and the call that uses them. `by_kernel` and `by_reference`
-/// compute the same of a small call.
+/// The kernels in question, by what tells their texts apart, and how each side computes the same small thing.
 struct Probe {
   std::string texts;
-  std::function<std::vector<mx::array>(const AttentionCall&)> by_kernel;
-  std::function<std::vector<mx::array>(const AttentionCall&)> by_reference;
+  std::function<std::vector<mx::array>()> by_kernel;
+  std::function<std::vector<mx::array>()> by_reference;
 };
 
 /// Probes at most once for the same texts. True under a test launcher that asks for no probes.
-bool is_trusted(const AttentionCall& call, const Probe& probe);
+bool is_trusted(const Probe& probe, mx::Stream stream);
 
 /// A call of a few dozen rows and keys, of which every array is short (fewer than 8 elements) exactly where the given one's is.
 AttentionCall small_call_like(const AttentionCall& call);

@@ -8,6 +8,7 @@
 #include "ops/inputs.h"
 #include "ops/metal_launch.h"
 #include "ops/require.h"
+#include "ops/warn.h"
 
 namespace flash_attn {
 namespace {
@@ -98,6 +99,15 @@ Route choose_route(const AttentionCall& call, const AttentionOptions& options) {
   }
   if (is_traced(call)) return {Target::reference, no_kernel + ", and under a transformation the LSE may be wanted"};
   return {Target::sdpa, no_kernel + "; MLX's SDPA computes the same"};
+}
+
+Route take_route(const AttentionCall& call, const AttentionOptions& options) {
+  Route route = choose_route(call, options);
+  if (route.target == Route::Target::reference && !env::force_reference()) {
+    warn_once("[flash_attn] " + route.why +
+              ". MLX ops compute this call in O(seqlen_q * seqlen_k) memory; stream=mx.cpu runs " + "the fused CPU kernel");
+  }
+  return route;
 }
 
 }  // namespace flash_attn

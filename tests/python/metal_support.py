@@ -27,11 +27,17 @@ def shim() -> Any:
 
 
 @contextmanager
-def metal_graph(mode: str = "fast", seed: int = 0, route: str = "kernel", probe: bool = False) -> Iterator[Any]:
-    """Inside, attention runs on the Metal kernels under the shim."""
+def metal_graph(
+    mode: str = "fast",
+    seed: int = 0,
+    route: str = "kernel",
+    probe: bool = False,
+    bugs: dict[str, tuple[str, str]] | None = None,
+) -> Iterator[Any]:
+    """Inside, attention runs on the Metal kernels under the shim. `bugs`: {start of a kernel's name: (right text, wrong)}."""
     module = shim()
     before = os.environ.get("FLASH_ATTENTION_MLX_ROUTE")
-    _core._set_metal_launcher(module.launcher_capsule(mode, seed), probe=probe)
+    _core._set_metal_launcher(module.launcher_capsule(mode, seed, bugs or {}), probe=probe)
     os.environ["FLASH_ATTENTION_MLX_ROUTE"] = route
     try:
         yield module
