@@ -137,7 +137,8 @@ mx::array PagedKVCache::block_table(const std::vector<SequenceId>& sequences) co
   std::vector<std::int32_t> table(sequences.size() * blocks, -1);
   auto row = table.begin();
   for (const SequenceId sequence : sequences) {
-    std::ranges::copy(pages_.pages(sequence), row);
+    const auto& pages = pages_.pages(sequence);
+    std::copy(pages.begin(), pages.end(), row);
     row += static_cast<std::ptrdiff_t>(blocks);
   }
   return int32_array(table, {static_cast<int>(sequences.size()), static_cast<int>(blocks)});

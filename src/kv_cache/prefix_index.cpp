@@ -20,7 +20,8 @@ std::optional<PageId> PrefixIndex::find(PrefixId parent, std::span<const Token> 
   const auto [begin, end] = pages_.equal_range(hash_(parent, tokens));
   for (auto candidate = begin; candidate != end; ++candidate) {
     const Content& content = *contents_[static_cast<std::size_t>(candidate->second)];
-    if (content.parent == parent && std::ranges::equal(content.tokens, tokens)) return candidate->second;
+    const bool same = std::equal(content.tokens.begin(), content.tokens.end(), tokens.begin(), tokens.end());
+    if (content.parent == parent && same) return candidate->second;
   }
   return std::nullopt;
 }
