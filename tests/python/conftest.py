@@ -12,11 +12,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--metal-shim", choices=("fast", "hooks", "sanitize"), help="run every call on the Metal kernels, under the shim"
     )
+    parser.addoption("--gpu", action="store_true", help="run on the GPU of a Mac")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "full: a share of upstream's whole test matrix; runs when FRACTION is set")
-    mx.set_default_device(mx.cpu)
+    mx.set_default_device(mx.gpu if config.getoption("--gpu") else mx.cpu)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -40,7 +41,8 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None, None, None]:
     try:
         return (yield)
     except (ValueError, NotImplementedError) as error:
-        if item.config.getoption("--metal-shim") and any(reason in str(error) for reason in NOT_ON_METAL):
+        on_metal = item.config.getoption("--metal-shim") or item.config.getoption("--gpu")
+        if on_metal and any(reason in str(error) for reason in NOT_ON_METAL):
             pytest.skip(str(error))
         raise
 

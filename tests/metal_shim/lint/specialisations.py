@@ -24,6 +24,9 @@ import numpy as np  # noqa: E402
 import support  # noqa: E402
 from kernel_text import flatten  # noqa: E402
 from metal_support import metal_graph  # noqa: E402
+from test_kvcache_quantised import FORMATS, quantised  # noqa: E402
+
+from flash_attn import flash_attn_with_kvcache  # noqa: E402
 
 HEAD_DIMS = ((8, 8), (33, 33), (64, 64), (80, 80), (96, 96), (128, 128), (192, 128), (256, 256))
 CACHE_HEAD_DIMS = (*HEAD_DIMS, (576, 512))
@@ -36,7 +39,7 @@ def recorded() -> dict[str, str]:
         for arguments in dense_calls():
             support.run(arguments, support.cotangents_of(arguments, np.random.default_rng(1)))
         for arguments in cached_calls():
-            kvcache_support.run(arguments)
+            mx.eval(flash_attn_with_kvcache(**kvcache_support.copied(arguments), return_softmax_lse=True))
         return dict(module.recorded_texts())
 
 
@@ -46,6 +49,7 @@ def dense_calls() -> Iterator[dict[str, Any]]:
     for dtype in support.DTYPES:
         for features in alone:
             yield combinations.build(random, features, dtype)
+        yield combinations.build(random, frozenset({"seqused"}), dtype) | {"seqused_q": support.integers(3, 0, 1)}
         for dim, dim_v in HEAD_DIMS:
             yield support.qkv(random, 1, 40, 40, 2, 1, dim, dim_v, dtype)
     for features in combinations.sample(COMBINATIONS, seed=7):
@@ -61,6 +65,11 @@ def cached_calls() -> Iterator[dict[str, Any]]:
             yield kvcache_combinations.build(random, chosen, dtype)
         for dim, dim_v in CACHE_HEAD_DIMS:
             yield kvcache_support.cache_call(random, 2, 1, 64, 4, 1, dim, dim_v, dtype=dtype)
+        for format_ in FORMATS:
+            for seqlen_q, dim in ((1, 64), (1, 128), (40, 128)):
+                contiguous = kvcache_support.cache_call(random, 2, seqlen_q, 64, 4, 1, dim, dtype=dtype)
+                for call in (contiguous, kvcache_support.page(random, contiguous, 16)):
+                    yield quantised(call, format_)
     for chosen in kvcache_combinations.sample(COMBINATIONS, seed=7):
         yield kvcache_combinations.build(random, chosen)
 
