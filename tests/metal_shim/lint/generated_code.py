@@ -1,8 +1,8 @@
 """What a compiler for a GPU makes of a kernel's text: clang's AMD backend, wave32, with registers of 32 bits a lane.
 
 Not an Apple GPU, but the same kind of machine, with a register allocator that counts: how many registers a thread needs, what
-spills, what a feature costs. And what must not be left after optimisation: calls, data of the program, doubles, arrays that do
-not fit in registers because they are indexed by a variable.
+spills, what a feature costs. And what must not be left after optimisation: calls, data of the program, doubles, arrays in
+memory because they are indexed by a variable.
 """
 
 from __future__ import annotations
@@ -85,7 +85,11 @@ def generated_code(text: str, threads: int) -> GeneratedCode:
 
 
 def objections(code: GeneratedCode) -> list[str]:
-    return list(_objections(code.ir))
+    found = list(_objections(code.ir))
+    if code.stack_bytes:
+        arrays = re.findall(r"= alloca (.*?),", code.ir)
+        found.append(f"{code.stack_bytes} bytes of stack: what spills, or is indexed by a variable: {', '.join(arrays)}")
+    return found
 
 
 def _objections(ir: str) -> Iterator[str]:
@@ -105,8 +109,6 @@ def _objections(ir: str) -> Iterator[str]:
         yield "a call through a pointer"
     for line in re.findall(r"^\s.*\bdouble\b.*$", ir, flags=re.MULTILINE)[:1]:
         yield f"arithmetic in double: {line.strip()}"
-    for line in re.findall(r"^\s*%\w+ = alloca.*$", ir, flags=re.MULTILINE):
-        yield f"an array that is indexed by a variable, so it lies in memory and not in registers: {line.strip()}"
 
 
 def _with_positions(text: str) -> str:
