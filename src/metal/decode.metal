@@ -73,11 +73,11 @@ METAL_FUNC KeySlot needed_slot(Keys keys, KeySlot first, int key, int i, KeyRang
   return keys.slot_near(first, key, i);
 }
 
-template <int codes, class Tensor>
+template <int codes, int dims, class Tensor>
 METAL_FUNC Run<KeyElement<codes>, key_run> run_or_zero(Tensor tensor, KeySlot slot, int head, int dim) {
   Run<KeyElement<codes>, key_run> run;
   run.fill(0.0f);
-  if (slot.exists()) run = tensor.run(slot, head, dim);
+  if (slot.exists() && dim < dims) run = tensor.run(slot, head, dim);
   return run;
 }
 
@@ -98,8 +98,8 @@ METAL_FUNC uint multiply_by_keys(
     FA_UNROLL
     for (short block = 0; block < key_blocks; ++block) {
       const int dim = dim_begin + block * key_block + place.row * key_run;
-      const auto even_run = run_or_zero<FA_K_CODES>(tensor, even, head, dim);
-      const auto odd_run = run_or_zero<FA_K_CODES>(tensor, odd, head, dim);
+      const auto even_run = run_or_zero<FA_K_CODES, FA_D>(tensor, even, head, dim);
+      const auto odd_run = run_or_zero<FA_K_CODES, FA_D>(tensor, odd, head, dim);
       FA_UNROLL
       for (short f = 0; f < 8; ++f) {
         const auto k_fragment = Fragment<KeyElement<FA_K_CODES>>(even_run.values[f], odd_run.values[f]);
@@ -128,7 +128,7 @@ METAL_FUNC Values load_values(
   FA_UNROLL
   for (short block = 0; block < value_blocks; ++block) {
     const int dim = dim_begin + block * value_block + place.column / 2 * key_run;
-    values.blocks[block] = run_or_zero<FA_V_CODES>(tensor, slot, head, dim);
+    values.blocks[block] = run_or_zero<FA_V_CODES, FA_DV>(tensor, slot, head, dim);
   }
   return values;
 }
@@ -202,6 +202,25 @@ METAL_FUNC void finish_scores(
     }
   }
 }
+
+METAL_FUNC void drop(thread Scores&, ScoreRow, int, LanePlace, const device int*, Absent) {}
+
+#ifdef FA_DROPOUT
+/// Element by element: tiles begin at any key.
+template <class Key>
+METAL_FUNC void drop(thread Scores& p, ScoreRow row, int key, LanePlace place, const device int* params, Key philox_key) {
+  const uint keep_24 = uint(params[param_dropout_keep_24]);
+  FA_UNROLL
+  for (short j = 0; j < key_tiles; ++j) {
+    FA_UNROLL
+    for (short i = 0; i < 2; ++i) {
+      const uint column = uint(key + j * fragment_size + place.column + i);
+      const bool kept = dropout_keeps(keep_24, philox_key[0], philox_key[1], row.dropout_head, row.query, column);
+      if (!kept) p.fragment[j][i] = 0.0f;
+    }
+  }
+}
+#endif
 
 // ---- simdgroups among each other. What a lane has, the same lane of another simdgroup takes.
 
@@ -386,6 +405,7 @@ for (int tile = split_begin; tile + ahead < needed.end; tile += turns * FA_BK) {
   for (short r = 0; r < row_tiles; ++r) {
     finish_scores(S[r], scale, score_rows[r], key, existing, edge, place, attn_mask);
     O[r].scale_rows(online_softmax(S[r], softmax[r]));
+    drop(S[r], score_rows[r], key, place, params, dropout_key);
   }
 
   FA_UNROLL
@@ -405,7 +425,7 @@ if (turns > 1) {
   add_outputs(O, shared, turn, part, lane);
 }
 for (short r = 0; r < row_tiles; ++r) {
-  const RowEnd end = end_of_row(softmax[r], 1.0f);
+  const RowEnd end = end_of_row(softmax[r], dropout_scale(params));
   O[r].scale_rows(end.scale);
   if (turn < turns - 1 || block_begin + r * fragment_size + place.row >= block_end) continue;
   const int query = sequence.q.begin + rows[r].query;

@@ -17,13 +17,13 @@ METAL_FUNC int query_rows(const device int* params) {
 /// Those of the sequence's slot, every so many from `first` on.
 template <class Out, class Lse>
 METAL_FUNC void zero_unused_rows(
-    const device int* params, Sequence sequence, int kv_head, int first, int step, Out out, Lse lse, uint thread, int threads) {
+    const device int* params, Sequence sequence, int kv_head, int first, int step, Out out, Lse lse, uint thread_index, int threads) {
   const int head = kv_head * FA_GROUP;
   for (int i = first; i < unused_rows(sequence.q); i += step) {
     const int row = unused_row(sequence.q, i);
     const Out row_of_heads = out + out_offset(params, sequence.batch, row, head, FA_DV);
-    for (int dim = int(thread); dim < FA_GROUP * FA_DV; dim += threads) row_of_heads[dim] = 0.0f;
-    for (int member = int(thread); member < FA_GROUP; member += threads) {
+    for (int dim = int(thread_index); dim < FA_GROUP * FA_DV; dim += threads) row_of_heads[dim] = FA_T(0.0f);
+    for (int member = int(thread_index); member < FA_GROUP; member += threads) {
       lse[lse_offset(params, sequence.batch, row, head + member)] = minus_infinity;
     }
   }
