@@ -66,7 +66,8 @@ std::string machine_flags() {
 
 std::string command_for(Mode mode) {
   const std::string common =
-      " -x c++ -std=c++20 -g1 -fPIC -shared -fno-exceptions -fno-rtti -fno-strict-aliasing -ffp-contract=off -fsigned-char"
+      " -x c++ -std=c++20 -g1 -gdwarf-4 -fPIC -shared -fno-exceptions -fno-rtti -fno-strict-aliasing -ffp-contract=off "
+      "-fsigned-char"
       " -D__METAL_VERSION__=310 -w -I" METAL_SHIM_INCLUDE_DIR +
       machine_flags();
   const std::string gcc = from_environment("METAL_SHIM_GXX", "g++");
@@ -77,14 +78,14 @@ std::string command_for(Mode mode) {
     case Mode::hooks:
       // Every access must reach a hook: no vector code that merges them, no calls of memcpy made of loops.
       return clang + common +
-             " -O1 "
-             "-fsanitize=thread,alignment,bounds,shift,integer-divide-by-zero,signed-integer-overflow,float-cast-overflow,bool,"
-             "null,return -fno-vectorize -fno-slp-vectorize -fno-builtin -mllvm -tsan-instrument-func-entry-exit=0"
+             " -O1 -DMETAL_SHIM_CHECKED -fsanitize=thread,alignment,null,bounds,shift,integer-divide-by-zero,return,bool"
+             " -fsanitize=signed-integer-overflow,float-cast-overflow -fno-vectorize -fno-slp-vectorize -fno-builtin"
+             " -mllvm -tsan-instrument-func-entry-exit=0 -mllvm -tsan-instrument-read-before-write"
              " -Wl,--wrap=memcpy,--wrap=memmove,--wrap=memset";
     case Mode::sanitize:
       return clang + common +
-             " -O1 -fno-omit-frame-pointer -fsanitize=address,undefined -fsanitize-recover=address -fsanitize-trap=undefined"
-             " -shared-libsan";
+             " -O1 -DMETAL_SHIM_CHECKED -fno-omit-frame-pointer -fsanitize=address,undefined -fsanitize-recover=address"
+             " -fsanitize-trap=undefined -shared-libsan";
   }
   return {};
 }
@@ -103,7 +104,7 @@ void shell(const std::string& command) {
 
 fs::path library_for(const Launch& launch, Mode mode) {
   const std::string source = transpile(launch.text, launch.function);
-  const std::string command = command_for(mode) + from_environment("METAL_SHIM_FLAGS", "");
+  const std::string command = command_for(mode);
   const fs::path cache = from_environment("METAL_SHIM_CACHE", METAL_SHIM_CACHE_DIR);
   const std::string name = fingerprint(source + command + shim_headers());
   const fs::path library = cache / (name + ".so");

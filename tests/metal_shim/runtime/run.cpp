@@ -25,6 +25,7 @@ struct Finding {
 };
 
 std::optional<Finding> finding;
+thread_local bool in_launch = false;
 
 const void* instruction_of(const void* context) {
 #if defined(__x86_64__)
@@ -38,7 +39,7 @@ const void* instruction_of(const void* context) {
 
 /// A fiber touched an address that is not mapped or not writable, or did what the processor refuses.
 void on_signal(int signal, siginfo_t* info, void* context) {
-  if (execution.current == nullptr || execution.current == &execution.main) {
+  if (execution.current == nullptr || execution.current == &execution.main || !in_launch) {
     std::signal(signal, SIG_DFL);  // not ours: happens again, and ends the process
     return;
   }
@@ -77,8 +78,10 @@ class SignalHandlers {
     action.sa_sigaction = on_signal;
     action.sa_flags = SA_SIGINFO | SA_ONSTACK | SA_NODEFER;  // the handler does not return
     for (int i = 0; i < 4; ++i) sigaction(signals[i], &action, &old_[i]);
+    in_launch = true;
   }
   ~SignalHandlers() {
+    in_launch = false;
     for (int i = 0; i < 4; ++i) sigaction(signals[i], &old_[i], nullptr);
     if (old_stack_.ss_sp == nullptr) old_stack_.ss_flags = SS_DISABLE;
     sigaltstack(&old_stack_, nullptr);

@@ -29,7 +29,7 @@ struct half {
   template <class T>
   requires metal_shim::is_number<T>
   constexpr half(T x) : value(static_cast<metal_shim::HalfBits>(static_cast<float>(x))) {}
-  constexpr operator float() const { return static_cast<float>(value); }
+  METAL_SHIM_INLINE operator float() const { return static_cast<float>(value); }
 };
 
 struct bfloat {
@@ -41,7 +41,7 @@ struct bfloat {
   requires metal_shim::is_number<T>
   constexpr explicit bfloat(T x) : bits(rounded(static_cast<float>(x))) {}
   constexpr explicit bfloat(half x) : bits(rounded(x)) {}
-  constexpr operator float() const { return __builtin_bit_cast(float, static_cast<uint32_t>(bits) << 16); }
+  METAL_SHIM_INLINE operator float() const { return __builtin_bit_cast(float, static_cast<uint32_t>(bits) << 16); }
 
   static constexpr uint16_t rounded(float x) {
     const uint32_t all = __builtin_bit_cast(uint32_t, x);

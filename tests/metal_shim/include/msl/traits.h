@@ -132,7 +132,13 @@ struct numeric_limits<bfloat> {
 template <class To, class From>
 constexpr To as_type(From x) {
   static_assert(sizeof(To) == sizeof(From));
-  return __builtin_bit_cast(To, x);
+  if constexpr (__is_trivially_copyable(To) && __is_trivially_copyable(From)) {
+    return __builtin_bit_cast(To, x);
+  } else {
+    To y;
+    __builtin_memcpy(&y, &x, sizeof y);
+    return y;
+  }
 }
 
 namespace metal {

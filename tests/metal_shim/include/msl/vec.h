@@ -8,7 +8,19 @@ namespace metal {
 template <class T, int N>
 struct vec;
 
-// Of N numbers, addressed as an array too.
+// With METAL_SHIM_CHECKED copies are functions: UBSan looks at the addresses that functions get, not at trivial copies.
+#if defined(METAL_SHIM_CHECKED)
+#define METAL_SHIM_COPIES(from_v, set_from_v)      \
+  METAL_SHIM_INLINE vec(const vec& v) : from_v {}  \
+  METAL_SHIM_INLINE vec& operator=(const vec& v) { \
+    set_from_v;                                    \
+    return *this;                                  \
+  }
+#else
+#define METAL_SHIM_COPIES(from_v, set_from_v)
+#endif
+#define METAL_SHIM_LIST(...) __VA_ARGS__
+
 template <class T>
 struct alignas(sizeof(T)) vec<T, 1> {
   T x;
@@ -30,6 +42,7 @@ struct alignas(2 * sizeof(T)) vec<T, 2> {
     T data[2];
   };
   vec() = default;
+  METAL_SHIM_COPIES(METAL_SHIM_LIST(x(v.x), y(v.y)), METAL_SHIM_LIST(x = v.x, y = v.y))
   constexpr vec(T a) : x(a), y(a) {}
   constexpr vec(T a, T b) : x(a), y(b) {}
   template <class U>
@@ -50,6 +63,7 @@ struct alignas(4 * sizeof(T)) vec<T, 3> {
     T data[3];
   };
   vec() = default;
+  METAL_SHIM_COPIES(METAL_SHIM_LIST(x(v.x), y(v.y), z(v.z)), METAL_SHIM_LIST(x = v.x, y = v.y, z = v.z))
   constexpr vec(T a) : x(a), y(a), z(a) {}
   constexpr vec(T a, T b, T c) : x(a), y(b), z(c) {}
   constexpr vec(vec<T, 2> ab, T c) : x(ab.x), y(ab.y), z(c) {}
@@ -74,6 +88,7 @@ struct alignas(4 * sizeof(T)) vec<T, 4> {
     T data[4];
   };
   vec() = default;
+  METAL_SHIM_COPIES(METAL_SHIM_LIST(x(v.x), y(v.y), z(v.z), w(v.w)), METAL_SHIM_LIST(x = v.x, y = v.y, z = v.z, w = v.w))
   constexpr vec(T a) : x(a), y(a), z(a), w(a) {}
   constexpr vec(T a, T b, T c, T d) : x(a), y(b), z(c), w(d) {}
   constexpr vec(vec<T, 2> ab, vec<T, 2> cd) : x(ab.x), y(ab.y), z(cd.x), w(cd.y) {}
@@ -83,6 +98,9 @@ struct alignas(4 * sizeof(T)) vec<T, 4> {
   constexpr T& operator[](int i) { return data[i]; }
   constexpr const T& operator[](int i) const { return data[i]; }
 };
+
+#undef METAL_SHIM_COPIES
+#undef METAL_SHIM_LIST
 
 }  // namespace metal
 
@@ -116,7 +134,7 @@ struct packed_vec {
   constexpr packed_vec(const metal::vec<T, N>& v) {
     for (int i = 0; i < N; ++i) data[i] = v[i];
   }
-  constexpr operator metal::vec<T, N>() const {
+  METAL_SHIM_INLINE operator metal::vec<T, N>() const {
     metal::vec<T, N> v;
     for (int i = 0; i < N; ++i) v[i] = data[i];
     return v;
