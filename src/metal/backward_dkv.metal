@@ -63,6 +63,29 @@ METAL_FUNC void load_statistics(
   }
 }
 
+METAL_FUNC void load_dropout(Absent, const device int*, Sequence, int, int, int, int, Absent, uint, uint, LanePlace) {}
+METAL_FUNC KeepsAll stored_dropout(Absent, const device int*, short, uint) { return {}; }
+
+#ifdef FA_DROPOUT
+static_assert(32 % FA_BK == 0, "one call of Philox serves a block");
+
+/// Of packed rows from `first` on. A call serves all simdgroups' keys, so each makes those of its share of the rows.
+template <class Key>
+METAL_FUNC void load_dropout(
+    threadgroup uint* kept, const device int* params, Sequence sequence, int kv_head, int first, int end, int key, Key philox_key,
+    uint simdgroup, uint lane, LanePlace place) {
+  for (int t = int(simdgroup); t < row_tiles; t += FA_SIMDGROUPS) {
+    const QueryRow query = query_of_row(min_of(first + t * fragment_size + place.row, end - 1), kv_head);
+    kept[t * 32 + int(lane)] = kept_keys(
+        params, dropout_head(params, sequence.batch, query.head), uint(query.query), key + place.column, philox_key);
+  }
+}
+
+METAL_FUNC Dropout stored_dropout(const threadgroup uint* kept, const device int* params, short tile, uint lane) {
+  return {kept[tile * 32 + int(lane)], dropout_scale(params)};
+}
+#endif
+
 // Packed rows `first` and on, of q or dout.
 template <class Pointer>
 struct QueryRows {
@@ -169,6 +192,11 @@ threadgroup FA_T dout_memory[FA_BQ * value_pitch];
 threadgroup float lse_memory[2 * FA_BQ];
 threadgroup float delta_memory[2 * FA_BQ];
 threadgroup float parts[parts_size];
+#ifdef FA_DROPOUT
+threadgroup uint dropout_memory[row_tiles * 32];
+#else
+const Absent dropout_memory;
+#endif
 
 const int block = int(threadgroup_position_in_grid.x);
 const int kv_head = int(threadgroup_position_in_grid.y);
@@ -215,6 +243,8 @@ for (int first = rows.begin; first < rows.end; first += FA_BQ) {
       q_memory, query_rows(q, query_strides(q_strides), sequence, kv_head, first, block_lse), thread_index);
   load_rows<FA_DV, FA_BQ>(
       dout_memory, query_rows(dout, query_strides(dout_strides), sequence, kv_head, first, block_lse), thread_index);
+  load_dropout(
+      dropout_memory, params, sequence, kv_head, first, rows.end, keys.begin, dropout_key, simdgroup, lane, place);
   threadgroup_barrier(mem_flags::mem_threadgroup);
 
   Tile<row_tiles> S;
@@ -241,9 +271,9 @@ for (int first = rows.begin; first < rows.end; first += FA_BQ) {
     const QueryRow query = query_of_row(min_of(first + i, rows.end - 1), kv_head);
     const GradientRow row = gradient_row(
         score_row_of(params, sequence, query, alibi_slopes, attn_mask_shape, attn_mask_strides), block_lse[i], block_delta[i]);
-    const auto dropout = dropout_of(params, row.score, key + place.column, dropout_key);
-    const ScoreGradient gradient =
-        score_gradient(S.fragment[t], dP.fragment[t], row, key + place.column, every, scale, dropout, attn_mask);
+    const ScoreGradient gradient = score_gradient(
+        S.fragment[t], dP.fragment[t], row, key + place.column, every, scale, stored_dropout(dropout_memory, params, t, lane),
+        attn_mask);
     const Fragment<float> dS = dot_gradient(gradient.ds, S.fragment[t], scale);
     accumulate_atb(dV, dout_memory + t * fragment_size * value_pitch + value_dim, value_pitch, gradient.p, place);
     accumulate_atb(dK, q_memory + t * fragment_size * pitch + dim, pitch, dS, place);

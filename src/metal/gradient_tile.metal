@@ -29,23 +29,35 @@ METAL_FUNC float lse_log2(float lse, KeyRange keys) {
 // ---- what dropout multiplies a probability by: 0 or a factor
 
 struct KeepsAll {
-  METAL_FUNC float factor(ScoreRow, int) const thread { return 1.0f; }
+  METAL_FUNC float factor(int) const thread { return 1.0f; }
 };
 
 METAL_FUNC KeepsAll dropout_of(const device int*, ScoreRow, int, Absent) { return {}; }
 
 #ifdef FA_DROPOUT
+// Of one row, in a run of 32 keys: those of one pair in each run of 8.
 struct Dropout {
-  DropoutCall call;
+  uint kept;  // a bit each, in their order
   float scale;
 
-  METAL_FUNC float factor(ScoreRow row, int key) const thread { return call.keeps(row.query, uint(key)) ? scale : 0.0f; }
+  METAL_FUNC float factor(int key) const thread { return (kept >> uint(key % 32 / 8 * 2 + key % 2)) % 2u == 1u ? scale : 0.0f; }
 };
 
-/// For keys of one run of 32 whose pair in a run of 8 is that of `key`.
+/// Of the pair of `key`, which is even.
+template <class Key>
+METAL_FUNC uint kept_keys(const device int* params, uint head, uint query, int key, Key philox_key) {
+  const DropoutCall call = dropout_call(params, philox_key, head, query, uint(key));
+  uint kept = 0u;
+  FA_UNROLL
+  for (short i = 0; i < 8; ++i) {
+    if (call.keeps(query, uint(key % 8 + i / 2 * 8 + i % 2))) kept |= 1u << uint(i);
+  }
+  return kept;
+}
+
 template <class Key>
 METAL_FUNC Dropout dropout_of(const device int* params, ScoreRow row, int key, Key philox_key) {
-  return {dropout_call(params, philox_key, row.dropout_head, row.query, uint(key)), dropout_scale(params)};
+  return {kept_keys(params, row.dropout_head, row.query, key, philox_key), dropout_scale(params)};
 }
 #endif
 
@@ -66,7 +78,7 @@ METAL_FUNC ScoreGradient score_gradient(
     float s = score(dot[i], scale, row.score, key + i, mask);
     if (!every) s = hidden(s, row.score, key + i);
     const float p = metal::fast::exp2(s - row.lse_log2);
-    const float kept = dropout.factor(row.score, key + i);
+    const float kept = dropout.factor(key + i);
     gradient.p[i] = p * kept;
     // Where P is 0 the key is masked, and so is whatever its V holds.
     gradient.ds[i] = p == 0.0f ? 0.0f : p * ((kept == 0.0f ? 0.0f : dp[i] * kept) - row.delta);

@@ -53,6 +53,10 @@ METAL_FUNC long mask_stride(Shape shape, Strides strides, int axis) {
   return shape[axis] == 1 ? 0 : strides[axis];
 }
 
+METAL_FUNC uint dropout_head(const device int* params, int batch, int head) {
+  return uint(batch * params[param_heads_q] + head) * 32u;
+}
+
 template <class Slopes, class MaskShape, class MaskStrides>
 METAL_FUNC ScoreRow score_row_of(
     const device int* params, Sequence sequence, QueryRow row, Slopes slopes, MaskShape mask_shape, MaskStrides mask_strides) {
@@ -70,7 +74,7 @@ METAL_FUNC ScoreRow score_row_of(
 #endif
 #ifdef FA_DROPOUT
   score.query = uint(row.query);
-  score.dropout_head = uint(sequence.batch * params[param_heads_q] + row.head) * 32u;
+  score.dropout_head = dropout_head(params, sequence.batch, row.head);
 #endif
   return score;
 }
