@@ -33,22 +33,27 @@ def main() -> int:
     parser.add_argument("--json", type=Path, help="write the same numbers here")
     parser.add_argument("--case", help="only cases whose name contains this")
     arguments = parser.parse_args()
-    costs = feature_costs()
-    print(f"{'instructions a score':<40}" + "".join(f"{kernel:>17}" for kernel in KERNELS))
-    for cost in costs:
-        shown = (f"{cost.instructions_a_score[kernel]:{'' if cost.feature == PLAIN else '+'}.2f}" for kernel in KERNELS)
-        print(f"{cost.feature:<40}" + "".join(f"{value:>17}" for value in shown))
+    print_line("instructions a score", *KERNELS)
+    print_rule(1 + len(KERNELS))
+    costs = []
+    for cost in feature_costs():
+        sign = "" if cost.feature == PLAIN else "+"
+        print_line(cost.feature, *(f"{cost.instructions_a_score[kernel]:{sign}.2f}" for kernel in KERNELS))
+        costs.append(cost)
+    print()
+    print_line("case", "kernel", *COLUMNS.values())
+    print_rule(2 + len(COLUMNS))
     rows: list[Row] = []
     exceeded: list[str] = []
-    print(f"\n{'case':<40}{'kernel':<23}" + "".join(f"{title:>17}" for title in COLUMNS.values()))
     for case in CASES:
         if arguments.case and arguments.case not in case.name:
             continue
         ours = rows_of(case)
         for row in [*ours, *([steel_row(case)] if case.steel else [])]:
-            print(line_of(row), flush=True)
+            print_line(row.case, row.kernel, *(shown(getattr(row, name)) for name in COLUMNS))
             rows.append(row)
         exceeded += [complaint for row in ours for complaint in row.exceeded(case)]
+    print()
     report = {"rows": [asdict(row) for row in rows], "features": [asdict(cost) for cost in costs], "exceeded": exceeded}
     if arguments.json:
         arguments.json.write_text(json.dumps(report, indent=1))
@@ -57,10 +62,19 @@ def main() -> int:
     return int(bool(exceeded))
 
 
-def line_of(row: Row) -> str:
-    values = [getattr(row, name) for name in COLUMNS]
-    shown = ["-" if value is None else f"{value:.3f}" if isinstance(value, float) else str(value) for value in values]
-    return f"{row.case:<40}{row.kernel:<23}" + "".join(f"{value:>17}" for value in shown)
+# Markdown, which docs/metal.md takes as it is.
+
+
+def print_line(first: str, *others: str) -> None:
+    print(f"| {first:<38} | " + " | ".join(f"{other:>16}" for other in others) + " |", flush=True)
+
+
+def print_rule(columns: int) -> None:
+    print("|---" * columns + "|")
+
+
+def shown(value: float | int | None) -> str:
+    return "-" if value is None else f"{value:.3f}" if isinstance(value, float) else str(value)
 
 
 if __name__ == "__main__":

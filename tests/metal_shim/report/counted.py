@@ -130,7 +130,7 @@ def row_of(
 
 # ---- MLX's own kernel
 
-STEEL = "MLX's steel_attention"
+STEEL = "MLX's steel"
 STEEL_HEADER = "steel/attn/kernels/steel_attention.h"
 STEEL_WRAPPER = """
 [[kernel]] void steel(
