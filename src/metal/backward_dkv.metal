@@ -50,16 +50,37 @@ METAL_FUNC RowRange rows_that_see(MaskRule rule, KeyRange keys) {
   return {begin * FA_GROUP, end * FA_GROUP};
 }
 
-/// lse_log2 and D of packed rows from `first` on.
+/// Whether one of eight packed rows from `first` on sees one of eight keys.
+METAL_FUNC bool sees_keys(MaskRule rule, int first, int end, int key) {
+  return sees(seen_keys(rule, first, min_of(first + fragment_size, end)).some, key, key + fragment_size);
+}
+
+// What simdgroups ask about the rows of a block, in threadgroup memory.
+struct BlockRows {
+  threadgroup float* lse_log2;
+  threadgroup float* delta;
+  threadgroup int* keys;  // begin and end of what each sees
+
+  METAL_FUNC GradientRow row(int i, ScoreRow score) const thread {
+    score.keys = {keys[2 * i], keys[2 * i + 1]};
+    return {score, lse_log2[i], delta[i]};
+  }
+};
+
+/// Packed rows from `first` on; those from `end` on see nothing.
 template <class Lse, class Delta>
-METAL_FUNC void load_statistics(
-    threadgroup float* block_lse, threadgroup float* block_delta, const device int* params, Sequence sequence, int kv_head,
-    int first, int end, Lse lse, Delta delta, uint thread_index) {
+METAL_FUNC void load_block_rows(
+    BlockRows block, const device int* params, Sequence sequence, int kv_head, int first, int end, Lse lse, Delta delta,
+    uint thread_index) {
   for (int i = int(thread_index); i < FA_BQ; i += threads) {
     const QueryRow row = query_of_row(min_of(first + i, end - 1), kv_head);
     const long place = lse_offset(params, sequence.batch, sequence.q.begin + row.query, row.head);
-    block_lse[i] = first + i < end ? lse_log2(lse[place], visible_keys(sequence.rule, row.query)) : infinity;
-    block_delta[i] = delta[place];
+    const KeyRange keys = visible_keys(sequence.rule, row.query);
+    const float row_lse = first + i < end ? lse_log2(lse[place], keys) : infinity;
+    block.lse_log2[i] = row_lse;
+    block.delta[i] = delta[place];
+    block.keys[2 * i] = keys.begin;
+    block.keys[2 * i + 1] = row_lse == infinity ? 0 : keys.end;
   }
 }
 
@@ -93,9 +114,9 @@ struct QueryRows {
   RowStrides strides;
   int kv_head;
   int first;
-  const threadgroup float* block_lse;
+  BlockRows block;
 
-  METAL_FUNC bool has(int i) const thread { return block_lse[i] != infinity; }
+  METAL_FUNC bool has(int i) const thread { return block.lse_log2[i] != infinity; }
   METAL_FUNC Pointer row(int i) const thread {
     const QueryRow row = query_of_row(first + i, kv_head);
     return query_0 + strides.offset(0, row.query, row.head);
@@ -104,8 +125,8 @@ struct QueryRows {
 
 template <class Pointer>
 METAL_FUNC QueryRows<Pointer> query_rows(
-    Pointer tensor, RowStrides strides, Sequence sequence, int kv_head, int first, const threadgroup float* block_lse) {
-  return {tensor + strides.offset(sequence.batch, sequence.q.begin, 0), strides, kv_head, first, block_lse};
+    Pointer tensor, RowStrides strides, Sequence sequence, int kv_head, int first, BlockRows block) {
+  return {tensor + strides.offset(sequence.batch, sequence.q.begin, 0), strides, kv_head, first, block};
 }
 
 /// Eight rows as columns: head dims from `first` on, zeros past the last and in rows that it has not.
@@ -191,6 +212,7 @@ threadgroup FA_T q_memory[FA_BQ * pitch];
 threadgroup FA_T dout_memory[FA_BQ * value_pitch];
 threadgroup float lse_memory[2 * FA_BQ];
 threadgroup float delta_memory[2 * FA_BQ];
+threadgroup int keys_memory[4 * FA_BQ];
 threadgroup float parts[parts_size];
 #ifdef FA_DROPOUT
 threadgroup uint dropout_memory[row_tiles * 32];
@@ -234,27 +256,29 @@ dV.fill(0.0f);
 int buffer = 0;
 for (int first = rows.begin; first < rows.end; first += FA_BQ) {
   // Two of them, so that the next block's can be loaded while simdgroups still read these.
-  threadgroup float* const block_lse = lse_memory + buffer * FA_BQ;
-  threadgroup float* const block_delta = delta_memory + buffer * FA_BQ;
+  const BlockRows block_rows = {
+      lse_memory + buffer * FA_BQ, delta_memory + buffer * FA_BQ, keys_memory + buffer * 2 * FA_BQ};
   buffer = 1 - buffer;
-  load_statistics(block_lse, block_delta, params, sequence, kv_head, first, rows.end, lse, delta, thread_index);
+  load_block_rows(block_rows, params, sequence, kv_head, first, rows.end, lse, delta, thread_index);
   threadgroup_barrier(mem_flags::mem_threadgroup);
   load_rows<FA_D, FA_BQ>(
-      q_memory, query_rows(q, query_strides(q_strides), sequence, kv_head, first, block_lse), thread_index);
+      q_memory, query_rows(q, query_strides(q_strides), sequence, kv_head, first, block_rows), thread_index);
   load_rows<FA_DV, FA_BQ>(
-      dout_memory, query_rows(dout, query_strides(dout_strides), sequence, kv_head, first, block_lse), thread_index);
+      dout_memory, query_rows(dout, query_strides(dout_strides), sequence, kv_head, first, block_rows), thread_index);
   load_dropout(
       dropout_memory, params, sequence, kv_head, first, rows.end, keys.begin, dropout_key, simdgroup, lane, place);
   threadgroup_barrier(mem_flags::mem_threadgroup);
 
+  const int end = min_of(first + FA_BQ, rows.end);
+  const bool every_row =
+      contains(seen_keys(sequence.rule, first, end).every, key, key + fragment_size) && end - first == FA_BQ;
   Tile<row_tiles> S;
   S.fill(0.0f);
   Tile<row_tiles> dP;
   dP.fill(0.0f);
   FA_UNROLL
   for (short t = 0; t < row_tiles; ++t) {
-    const int begin = first + t * fragment_size;
-    if (!sees(seen_keys(sequence.rule, begin, min_of(begin + fragment_size, rows.end)).some, key, key + fragment_size)) continue;
+    if (!every_row && !sees_keys(sequence.rule, first + t * fragment_size, rows.end, key)) continue;
     S.fragment[t] = product_ab(q_memory + t * fragment_size * pitch + dim, pitch, K, place);
     dP.fragment[t] = product_ab(dout_memory + t * fragment_size * value_pitch + value_dim, value_pitch, V, place);
   }
@@ -262,18 +286,14 @@ for (int first = rows.begin; first < rows.end; first += FA_BQ) {
 
   FA_UNROLL
   for (short t = 0; t < row_tiles; ++t) {
-    const int begin = first + t * fragment_size;
-    const int end = min_of(begin + fragment_size, rows.end);
-    const SeenKeys seen = seen_keys(sequence.rule, begin, end);
-    if (!sees(seen.some, key, key + fragment_size)) continue;
-    const bool every = contains(seen.every, key, key + fragment_size) && end - begin == fragment_size;
+    if (!every_row && !sees_keys(sequence.rule, first + t * fragment_size, rows.end, key)) continue;
     const int i = t * fragment_size + place.row;
     const QueryRow query = query_of_row(min_of(first + i, rows.end - 1), kv_head);
-    const GradientRow row = gradient_row(
-        score_row_of(params, sequence, query, alibi_slopes, attn_mask_shape, attn_mask_strides), block_lse[i], block_delta[i]);
+    const GradientRow row =
+        block_rows.row(i, score_row_of(params, sequence, query, alibi_slopes, attn_mask_shape, attn_mask_strides));
     const ScoreGradient gradient = score_gradient(
-        S.fragment[t], dP.fragment[t], row, key + place.column, every, scale, stored_dropout(dropout_memory, params, t, lane),
-        attn_mask);
+        S.fragment[t], dP.fragment[t], row, key + place.column, every_row, scale,
+        stored_dropout(dropout_memory, params, t, lane), attn_mask);
     const Fragment<float> dS = dot_gradient(gradient.ds, S.fragment[t], scale);
     accumulate_atb(dV, dout_memory + t * fragment_size * value_pitch + value_dim, value_pitch, gradient.p, place);
     accumulate_atb(dK, q_memory + t * fragment_size * pitch + dim, pitch, dS, place);
