@@ -72,8 +72,10 @@ Buffer reach_of(const std::string& name, const mx::array& x) {
     (last < 0 ? low : high) += last;
   }
   const std::size_t item = x.itemsize();
-  const std::size_t bytes = x.size() == 0 ? 0 : (high + 1) * item;
-  return {name, const_cast<char*>(x.data<char>()), bytes, false, x.size() == 0 ? 0 : static_cast<std::size_t>(-low) * item};
+  if (x.size() == 0) return {name, nullptr, 0, false};
+  char* const first = const_cast<char*>(x.data<char>());
+  const std::size_t offset = static_cast<std::size_t>(first - static_cast<const char*>(x.buffer().raw_ptr()));
+  return {name, first, (high + 1) * item, false, static_cast<std::size_t>(-low) * item, offset};
 }
 
 std::array<std::uint32_t, 3> three(const std::tuple<int, int, int>& t) {

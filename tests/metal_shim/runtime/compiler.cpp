@@ -127,6 +127,11 @@ Kernel compile(const Launch& launch, Mode mode) {
   static std::map<std::string, Kernel> loaded;
   const std::string key = fingerprint(launch.text) + launch.function + std::to_string(static_cast<int>(mode));
   if (const auto found = loaded.find(key); found != loaded.end()) return found->second;
+  const std::size_t named = buffers_of(launch.text, launch.function);
+  if (named > launch.buffers.size()) {
+    throw Fault(FaultKind::compile, launch.function + " names " + std::to_string(named) + " buffers, the launch has " +
+                                        std::to_string(launch.buffers.size()));
+  }
   void* library = dlopen(library_for(launch, mode).c_str(), RTLD_NOW | RTLD_LOCAL);
   if (library == nullptr) throw Fault(FaultKind::compile, dlerror());
   const Kernel kernel = reinterpret_cast<Kernel>(dlsym(library, "metal_shim_kernel"));

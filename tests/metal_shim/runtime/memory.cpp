@@ -34,8 +34,8 @@ void GuardedMemory::place(const std::vector<Buffer>& buffers) {
   for (std::size_t i = 0; i < buffers.size(); ++i) {
     const Buffer& buffer = buffers[i];
     char* end = base_ + i * slot_bytes + slot_bytes / 2;
-    const std::size_t slack =
-        (reinterpret_cast<std::uintptr_t>(end) - buffer.bytes - reinterpret_cast<std::uintptr_t>(buffer.data)) % 16;
+    // Vectors of 16 bytes are the largest: the address modulo 16 is what it would be on a GPU.
+    const std::size_t slack = (reinterpret_cast<std::uintptr_t>(end) - buffer.bytes - buffer.offset) % 16;
     char* start = end - slack - buffer.bytes;
     const std::size_t used = slack + buffer.bytes + buffer.before;
     const std::size_t mapped = (used + page_bytes() - 1) / page_bytes() * page_bytes();

@@ -17,14 +17,15 @@ enum class Mode {
   sanitize,  // clang with AddressSanitizer, whose runtime the process must have been started with
 };
 
-/// What the kernel gets as [[buffer(n)]], in order. Kernels see a copy between unmapped pages, with the same address modulo
-/// 16. A writable one starts as 0xFF, NaN in every float type, and is copied back after the run.
+/// What the kernel gets as [[buffer(n)]], in order. Kernels see a copy between unmapped pages. A writable one starts as 0xFF,
+/// NaN in every float type, and is copied back after the run.
 struct Buffer {
   std::string name;
   void* data;
   std::size_t bytes;
   bool writable;
   std::size_t before = 0;  // bytes in front of `data` that belong to it too: an array of negative strides
+  std::size_t offset = 0;  // of `data` in its allocation, whose start is aligned as Metal's are
 };
 
 struct Launch {
@@ -79,5 +80,8 @@ Report run(const Launch&, Mode);
 
 /// The C++ that a compiler gets for the text. Lines are the text's.
 std::string transpile(const std::string& text, const std::string& function);
+
+/// How many buffers the kernel's parameters name.
+std::size_t buffers_of(const std::string& text, const std::string& function);
 
 }  // namespace metal_shim

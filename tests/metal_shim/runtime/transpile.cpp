@@ -1,7 +1,7 @@
 // The two things that headers cannot do: threadgroup arrays get memory of their own, and a kernel's attributed parameters
 // become the arguments of a call.
+#include <algorithm>
 #include <cctype>
-#include <map>
 #include <regex>
 #include <string>
 #include <string_view>
@@ -81,8 +81,9 @@ std::string parameters_of(const std::string& text, const std::string& name) {
   reject("the text has no kernel " + name);
 }
 
+const std::regex buffer(R"(\[\[[^\]]*\bbuffer\((\d+)\)[^\]]*\]\])");
+
 std::string argument_for(const std::string& parameter) {
-  static const std::regex buffer(R"(\[\[[^\]]*\bbuffer\((\d+)\)[^\]]*\]\])");
   static const std::regex attribute(R"(\[\[\s*(\w+)\s*\]\])");
   std::smatch match;
   if (std::regex_search(parameter, match, buffer)) {
@@ -94,6 +95,15 @@ std::string argument_for(const std::string& parameter) {
 }
 
 }  // namespace
+
+std::size_t buffers_of(const std::string& text, const std::string& function) {
+  std::size_t count = 0;
+  const std::string parameters = parameters_of(without_comments(text), function.substr(0, function.find('<')));
+  for (std::sregex_iterator match(parameters.begin(), parameters.end(), buffer), none; match != none; ++match) {
+    count = std::max<std::size_t>(count, std::stoul((*match)[1]) + 1);
+  }
+  return count;
+}
 
 std::string transpile(const std::string& text, const std::string& function) {
   const std::string name = function.substr(0, function.find('<'));

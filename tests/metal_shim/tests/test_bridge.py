@@ -51,6 +51,25 @@ def test_nothing_outside_a_view_can_be_read():
             mx.eval(y)
 
 
+@pytest.mark.parametrize(("first", "aligned"), [(0, True), (4, True), (2, False)])
+def test_alignment_is_that_of_the_view_in_its_array(first, aligned):
+    """MLX's arrays start aligned on a GPU, whatever malloc gives on this machine."""
+    x = mx.arange(40, dtype=mx.float32)[first : first + 32]
+    source = "uint i = thread_position_in_grid.x; *(device float4*)(y + 4 * i) = *(const device float4*)(x + 4 * i);"
+    (y,) = metal_shim.run_kernel("quads", {"x": x}, {"y": ((32,), mx.float32)}, source, grid=(8, 1, 1), threadgroup=(8, 1, 1))
+    if aligned:
+        np.testing.assert_array_equal(np.array(y), np.array(x))
+    else:
+        with pytest.raises(RuntimeError, match=r"^misaligned: .*buffer x"):
+            mx.eval(y)
+
+
+def test_a_launch_has_the_buffers_that_the_kernel_names():
+    text = "[[kernel]] void two(device int* a [[buffer(0)]], device int* b [[buffer(1)]]) { a[0] = b[0] = 1; }"
+    with pytest.raises(RuntimeError, match=r"^compile: two names 2 buffers, the launch has 1"):
+        metal_shim.run_text(text, "two", [("a", np.zeros(1, np.int32), True)], grid=(1, 1, 1), threadgroup=(1, 1, 1))
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_scalars_and_small_arrays(mode):
     inputs = {
