@@ -91,6 +91,7 @@ metal-lint: build metal-shim ## Check the Metal texts: Metal's rules, address sp
 
 .PHONY: metal-report
 metal-report: build metal-shim ## The work of the Metal kernels, beside what a call needs and MLX's own kernel
+	$(BIN)/python -m pytest -q tests/metal_shim/report
 	$(BIN)/python tests/metal_shim/report --json build/metal_report.json
 
 .PHONY: metal-texts

@@ -54,7 +54,7 @@ class GeneratedCode:
     def instructions_a_product(self) -> float:
         """Those that each lane pays for, in the outermost loop around the matrix products, for each product.
 
-        Moves between registers are left out: they come from how a product is modelled, as one instruction on pairs of registers.
+        Moves between registers are left out: they come of how a product is modelled, as one instruction on register pairs.
         """
         main = self._main_loop()
         products = sum("; matrix product" in line for line in main)
