@@ -28,7 +28,19 @@ from support import (
 
 from flash_attn import flash_attn_func
 
-HEAD_DIMS = [8, 33, 64, 96, 128, 192, 256]
+# Each tile shape, and dims that are no whole fragments.
+HEAD_DIMS = [
+    *((dim, mx.float16) for dim in (8, 33, 64, 96, 128, 192, 256)),
+    *((dim, mx.float32) for dim in (33, 64, 128, 256)),
+    *((dim, mx.bfloat16) for dim in (64, 192)),
+]
+OTHER_HEAD_DIMS = [
+    (192, 128, mx.float16),
+    (64, 200, mx.bfloat16),
+    (33, 17, mx.float16),
+    (5, 1, mx.float32),
+    (1, 40, mx.bfloat16),
+]
 KEY = mx.array(np.array([123456789, 987654321], np.uint32))
 
 
@@ -53,14 +65,12 @@ def check_on_metal(arguments: dict[str, Any], rng: np.random.Generator, module: 
 # ---- shapes
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
-@pytest.mark.parametrize("dim", HEAD_DIMS)
+@pytest.mark.parametrize(("dim", "dtype"), HEAD_DIMS, ids=str)
 def test_head_dims(rng, shim, dim, dtype):
     check_on_metal(qkv(rng, 1, 37, 70, 2, 1, dim, dtype=dtype) | {"causal": True}, rng, shim)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
-@pytest.mark.parametrize(("dim", "dim_v"), [(192, 128), (64, 200), (33, 17), (5, 1), (1, 40)])
+@pytest.mark.parametrize(("dim", "dim_v", "dtype"), OTHER_HEAD_DIMS, ids=str)
 def test_values_may_have_another_head_dim(rng, shim, dim, dim_v, dtype):
     check_on_metal(qkv(rng, 1, 37, 50, 2, 1, dim, dim_v, dtype=dtype), rng, shim)
 
@@ -78,7 +88,7 @@ def test_gradients_of_a_kv_head_sum_over_its_query_heads(rng, shim, heads, heads
     check_on_metal(qkv(rng, 2, 21, 40, heads, heads_k, 32, dtype=mx.float16) | {"causal": True}, rng, shim)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@pytest.mark.parametrize("dtype", [mx.float16, mx.float32], ids=name_of)
 def test_views_of_any_strides(rng, shim, dtype):
     q = normal(rng, 4, 2, 35, 32, dtype=dtype).transpose(1, 2, 0, 3)
     kv = normal(rng, 2, 51, 2, 2, 33, dtype=dtype)
@@ -157,7 +167,7 @@ def test_a_window_costs_what_it_shows(rng, shim):
 # ---- scores
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@pytest.mark.parametrize("dtype", [mx.float16, mx.float32], ids=name_of)
 @pytest.mark.parametrize("softcap", [0.5, 50.0])
 def test_softcap(rng, shim, softcap, dtype):
     arguments = qkv(rng, 1, 40, 50, 2, 1, dtype=dtype)
@@ -175,8 +185,7 @@ def test_a_sink_has_a_gradient(rng, shim, causal):
     check_on_metal(qkv(rng, 2, 33, 29, 4, 2) | {"learnable_sink": normal(rng, 4), "causal": causal}, rng, shim)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
-@pytest.mark.parametrize("dim", [32, 128, 192])
+@pytest.mark.parametrize(("dim", "dtype"), [(32, mx.float16), (32, mx.float32), (128, mx.bfloat16), (192, mx.float16)], ids=str)
 def test_dropout(rng, shim, dim, dtype):
     arguments = qkv(rng, 2, 50, 70, 4, 2, dim, dtype=dtype)
     check_on_metal(arguments | {"dropout_p": 0.17, "dropout_key": KEY, "causal": True}, rng, shim)
@@ -194,7 +203,7 @@ def test_lse_has_a_gradient(rng, shim, dtype):
         assert error(got.gradients[name], want.gradients[name]) < (1e-5 if dtype == mx.float32 else 1e-2)
 
 
-@pytest.mark.parametrize("features", combinations.sample(32, seed=11), ids=combinations.name_of)
+@pytest.mark.parametrize("features", combinations.sample(20, seed=11), ids=combinations.name_of)
 def test_features_together(rng, features):
     check(combinations.build(rng, features), rng)
 
@@ -213,8 +222,9 @@ def test_the_gradient_of_a_mask_has_its_shape(rng, shim, axes, causal):
     check_on_metal(qkv(rng, 2, 35, 50, 4, 2) | {"attn_mask": mask, "causal": causal}, rng, shim)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
-@pytest.mark.parametrize("dim", [64, 96, 128, 256])
+@pytest.mark.parametrize(
+    ("dim", "dtype"), [(64, mx.float16), (128, mx.bfloat16), (256, mx.float16), (96, mx.float32), (256, mx.float32)], ids=str
+)
 def test_the_gradient_of_a_mask_at_every_tile_shape(rng, shim, dim, dtype):
     mask = normal(rng, 1, 2, 35, 50, dtype=dtype)
     check_on_metal(qkv(rng, 2, 35, 50, 2, 1, dim, dtype=dtype) | {"attn_mask": mask}, rng, shim)
