@@ -245,7 +245,10 @@ KVCacheOutputs metal_kvcache(const AttentionCall& given) {
   if (k.size() > 1) after.optional.k_scales = k[1], after.optional.v_scales = v[1];
   if (k.size() > 2) after.optional.k_biases = k[2], after.optional.v_biases = v[2];
   after.optional.seqused_k = append.lengths_after();
-  return {metal_attention(after), cache_arrays(after)};
+  const AttentionOutputs attention = metal_attention(after);
+  if (call.q.size() == 0) return {attention, cache_arrays(after)};
+  // The next append then waits for this read: steps that are queued need no second cache.
+  return {attention, mx::depends(cache_arrays(after), {attention.out})};
 }
 
 }  // namespace flash_attn
