@@ -35,13 +35,11 @@ constant constexpr int value_block_size = FA_BK * value_pitch;
 constant constexpr int partial_scores_size = FA_SPLIT_D > 1 ? FA_SIMDGROUPS * fragment_size * FA_BK : 1;
 constant constexpr bool shares_memory =
     (key_block_size + value_block_size) * int(sizeof(Stored)) + partial_scores_size * 4 > threadgroup_memory_limit;
-// Whether K of the next block can be loaded while V of this one is in use, and the other way round.
 #ifdef FA_QV
 constant constexpr bool scores_values = true;
 #else
 constant constexpr bool scores_values = false;
 #endif
-constant constexpr bool overlaps = !shares_memory && !scores_values;
 static_assert(!(shares_memory && scores_values), "with qv, K and V are needed at once");
 constant constexpr int key_memory_size = shares_memory && value_block_size > key_block_size ? value_block_size : key_block_size;
 constant constexpr int value_memory_size = shares_memory ? 1 : value_block_size;
@@ -68,36 +66,71 @@ METAL_FUNC KeyRows<Keys, Tensor> key_rows(Keys keys, Tensor tensor, int kv_head)
   return {keys, tensor, kv_head};
 }
 
-/// Keys [key, key + FA_BK), of which the block's rows see those that are `needed`.
-template <class Rows>
-METAL_FUNC void load_keys(threadgroup Stored* k, Rows rows, int key, KeyRange needed, uint thread_index) {
-  constexpr int runs = stored_dims / key_run;
-  for (int i = int(thread_index); i < FA_BK / 2 * runs; i += threads) {
-    const int pair = i / runs;
-    const int dim = i % runs * key_run;
-    const Run<Stored, key_run> even = rows.run(key + 2 * pair, dim, needed);
-    const Run<Stored, key_run> odd = rows.run(key + 2 * pair + 1, dim, needed);
-    threadgroup Stored* to = k + pair * key_pitch + 2 * dim;
+// ---- loads: runs of head dims are dealt to all threads, some turns each. They are asked for before other work and stored after it
+
+METAL_FUNC constexpr int turns_of(int runs) { return (runs + threads - 1) / threads; }
+METAL_FUNC bool has_turn(int runs, int i) { return runs % threads == 0 || i < runs; }
+
+constant constexpr int runs_of_key = stored_dims / key_run;
+constant constexpr int key_runs = FA_BK / 2 * runs_of_key;  // of two keys each
+constant constexpr int runs_of_value = stored_value_dims / key_run;
+constant constexpr int value_runs = FA_BK * runs_of_value;
+
+// Of keys [key, key + FA_BK), of which the block's rows see those that are `needed`.
+struct KeyLoad {
+  Run<Stored, key_run> even[turns_of(key_runs)];
+  Run<Stored, key_run> odd[turns_of(key_runs)];
+
+  template <class Rows>
+  METAL_FUNC void load(Rows rows, int key, KeyRange needed, uint thread_index) thread {
     FA_UNROLL
-    for (short j = 0; j < key_run; ++j) {
-      to[2 * j] = even.values[j];
-      to[2 * j + 1] = odd.values[j];
+    for (short turn = 0; turn < turns_of(key_runs); ++turn) {
+      const int i = turn * threads + int(thread_index);
+      if (!has_turn(key_runs, i)) break;
+      const int even_key = key + i / runs_of_key * 2;
+      const int dim = i % runs_of_key * key_run;
+      even[turn] = rows.run(even_key, dim, needed);
+      odd[turn] = rows.run(even_key + 1, dim, needed);
     }
   }
-}
 
-template <class Rows>
-METAL_FUNC void load_values(threadgroup Stored* v, Rows rows, int key, KeyRange needed, uint thread_index) {
-  constexpr int runs = stored_value_dims / key_run;
-  for (int i = int(thread_index); i < FA_BK * runs; i += threads) {
-    const int row = i / runs;
-    const int dim = i % runs * key_run;
-    const Run<Stored, key_run> run = rows.run(key + row, dim, needed);
-    threadgroup Stored* to = v + row * value_pitch + dim;
+  METAL_FUNC void store(threadgroup Stored* k, uint thread_index) const thread {
     FA_UNROLL
-    for (short j = 0; j < key_run; ++j) to[j] = run.values[j];
+    for (short turn = 0; turn < turns_of(key_runs); ++turn) {
+      const int i = turn * threads + int(thread_index);
+      if (!has_turn(key_runs, i)) break;
+      threadgroup Stored* to = k + i / runs_of_key * key_pitch + i % runs_of_key * 2 * key_run;
+      FA_UNROLL
+      for (short j = 0; j < key_run; ++j) {
+        to[2 * j] = even[turn].values[j];
+        to[2 * j + 1] = odd[turn].values[j];
+      }
+    }
   }
-}
+};
+
+struct ValueLoad {
+  Run<Stored, key_run> runs[turns_of(value_runs)];
+
+  template <class Rows>
+  METAL_FUNC void load(Rows rows, int key, KeyRange needed, uint thread_index) thread {
+    FA_UNROLL
+    for (short turn = 0; turn < turns_of(value_runs); ++turn) {
+      const int i = turn * threads + int(thread_index);
+      if (!has_turn(value_runs, i)) break;
+      runs[turn] = rows.run(key + i / runs_of_value, i % runs_of_value * key_run, needed);
+    }
+  }
+
+  METAL_FUNC void store(threadgroup Stored* v, uint thread_index) const thread {
+    FA_UNROLL
+    for (short turn = 0; turn < turns_of(value_runs); ++turn) {
+      const int i = turn * threads + int(thread_index);
+      if (!has_turn(value_runs, i)) break;
+      runs[turn].store(v + i / runs_of_value * value_pitch + i % runs_of_value * key_run);
+    }
+  }
+};
 
 // ---- keys in pages that do not exist are invisible
 
@@ -127,6 +160,55 @@ METAL_FUNC Fragment<Stored> value_fragment(const threadgroup Stored* v, int key,
 /// ... transposed, where V is scored too.
 METAL_FUNC Fragment<Stored> transposed_value_fragment(const threadgroup Stored* v, int dim, int key, LanePlace place) {
   return load_fragment<Stored>(v + key * value_pitch + dim, place, 1, value_pitch);
+}
+
+// ---- products
+
+/// S = Q K^T of the fragments that hold keys of `seen`.
+METAL_FUNC void multiply_by_keys(
+    thread Tile<key_tiles>& s, thread const Tile<dim_tiles, FA_T>& q, const threadgroup Stored* k, int key, KeyRange seen,
+    LanePlace place) {
+  FA_UNROLL
+  for (short j = 0; j < key_tiles; ++j) {
+    const int first = j * fragment_size;
+    if (!sees(seen, key + first, key + first + fragment_size)) continue;
+    FA_UNROLL
+    for (short d = 0; d < dim_tiles; ++d) {
+      multiply_accumulate(s.fragment[j], q.fragment[d], key_fragment(k, d * fragment_size, first, place));
+    }
+  }
+}
+
+#ifdef FA_QV
+/// S += Qv V^T, likewise.
+METAL_FUNC void multiply_by_scored_values(
+    thread Tile<key_tiles>& s, thread const Tile<value_tiles, FA_T>& qv, const threadgroup Stored* v, int key, KeyRange seen,
+    LanePlace place) {
+  FA_UNROLL
+  for (short j = 0; j < key_tiles; ++j) {
+    const int first = j * fragment_size;
+    if (!sees(seen, key + first, key + first + fragment_size)) continue;
+    FA_UNROLL
+    for (short d = 0; d < value_tiles; ++d) {
+      multiply_accumulate(s.fragment[j], qv.fragment[d], transposed_value_fragment(v, d * fragment_size, first, place));
+    }
+  }
+}
+#endif
+
+/// O += P V of the fragments that hold keys of `seen`.
+METAL_FUNC void multiply_by_values(
+    thread Tile<value_tiles>& o, thread const Tile<key_tiles>& p, const threadgroup Stored* v, int key, KeyRange seen,
+    LanePlace place) {
+  FA_UNROLL
+  for (short j = 0; j < key_tiles; ++j) {
+    const int first = j * fragment_size;
+    if (!sees(seen, key + first, key + first + fragment_size)) continue;
+    FA_UNROLL
+    for (short d = 0; d < value_tiles; ++d) {
+      multiply_accumulate(o.fragment[d], p.fragment[j], value_fragment(v, first, d * fragment_size, place));
+    }
+  }
 }
 
 }  // namespace flash_attn
