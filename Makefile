@@ -29,8 +29,8 @@ help: ## Show this list
 
 # ---- set-up
 
-.PHONY: setup-build setup-test setup-neon setup-lint
-setup-build setup-test setup-neon setup-lint: setup-%:
+.PHONY: setup-build setup-test setup-neon setup-macos setup-lint
+setup-build setup-test setup-neon setup-macos setup-lint: setup-%:
 	@PYTHON='$(PYTHON)' scripts/setup_debian.sh $*
 
 # Build tools live in .venv too, so that no build isolation is needed and a rebuild takes seconds.
@@ -72,6 +72,10 @@ test-cpp: setup-test $(VENV)/.requirements ## The C++ tests of a release build
 .PHONY: test-neon
 test-neon: setup-neon $(VENV)/.requirements ## The C++ tests of the NEON level, cross-compiled, under qemu-user
 	$(call cpp_tests,neon)
+
+.PHONY: check-macos
+check-macos: setup-macos build ## Whether all sources compile for arm64 by clang with libc++, as near to a Mac as Linux gets
+	scripts/check_macos_syntax.sh
 
 METAL_SHIM_BUILD := build/metal_shim
 

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Makes sure that the machine has what a target needs: setup_debian.sh build|test|neon|lint
+# Makes sure that the machine has what a target needs: setup_debian.sh build|test|neon|macos|lint
 # Installs what is missing by apt when root, else prints the line to run and fails. CMake, Ninja and MLX come from PyPI.
 set -euo pipefail
 
-purpose=${1:?build, test, neon or lint}
+purpose=${1:?build, test, neon, macos or lint}
 python=${PYTHON:-python3}
 packages=()
 
@@ -19,6 +19,7 @@ has_python_headers() {
 }
 has_fuzzer() { echo 'extern "C" int LLVMFuzzerTestOneInput(const char*, long) { return 0; }' |
   clang++ -fsanitize=fuzzer,address,undefined -x c++ - -o /dev/null; }
+has_libcxx() { echo '#include <version>' | clang++ -stdlib=libc++ -E -x c++ -; }
 
 needs python3 has_program "$python"
 needs python3-venv "$python" -c 'import ensurepip, venv'
@@ -33,6 +34,10 @@ elif [ "$purpose" = neon ]; then
   needs g++-aarch64-linux-gnu has_program aarch64-linux-gnu-g++
   needs qemu-user has_program qemu-aarch64
   needs libgtest-dev test -f /usr/src/googletest/googletest/CMakeLists.txt
+elif [ "$purpose" = macos ]; then
+  needs clang has_program clang++
+  needs libc++-dev has_libcxx
+  needs g++-aarch64-linux-gnu has_program aarch64-linux-gnu-g++
 elif [ "$purpose" = lint ]; then
   needs clang-tidy has_program clang-tidy
 fi

@@ -216,7 +216,7 @@ Probe forward_probe(const AttentionCall& call) {
 }
 
 Probe backward_probe(const AttentionCall& call, const AttentionCotangents& cotangents, WantedGradients wanted) {
-  const auto gradients_of = [call, wanted](auto backward) {
+  const auto gradients_of = [call](auto backward) {
     const AttentionCall small = small_call_like(call);
     const AttentionOutputs outputs = reference_forward(small);
     // Any cotangents do; these differ from element to element.
