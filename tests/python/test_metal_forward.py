@@ -312,3 +312,23 @@ def test_results_do_not_depend_on_the_order_of_simdgroups(rng):
             results.append(forward(arguments))
     for one, other in zip(*results, strict=True):
         np.testing.assert_allclose(one, other, atol=1e-3)  # the seed also moves exp2 by a few ulp
+
+
+def test_a_long_call(rng):
+    with metal_graph("fast") as module:
+        module.clear_reports()
+        check(qkv(rng, 1, 1024, 1024, 2, 1, 128, dtype=mx.float16) | {"causal": True}, module)
+
+
+BARRIER = "threadgroup_barrier(mem_flags::mem_threadgroup);\n"
+AFTER_BARRIERS = ["if (!scores_values) next_v.load", "next_k.load"]
+
+
+@pytest.mark.parametrize("step", AFTER_BARRIERS)
+def test_both_barriers_of_the_loop_are_needed(rng, step):
+    arguments = qkv(rng, 1, 40, 100, 2, 1, 64, dtype=mx.float16)
+    with (
+        metal_graph("hooks", bugs={"flash_attn_forward": (BARRIER + step, step)}),
+        pytest.raises(RuntimeError, match="^(race|uninitialised)"),
+    ):
+        forward(arguments)
