@@ -329,6 +329,6 @@ def test_both_barriers_of_the_loop_are_needed(rng, step):
     arguments = qkv(rng, 1, 40, 100, 2, 1, 64, dtype=mx.float16)
     with (
         metal_graph("hooks", bugs={"flash_attn_forward": (BARRIER + step, step)}),
-        pytest.raises(RuntimeError, match="^(race|uninitialised)"),
+        pytest.raises(RuntimeError, match=r"^(race|uninitialised)"),
     ):
         forward(arguments)
