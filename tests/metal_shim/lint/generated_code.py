@@ -84,7 +84,8 @@ def generated_code(text: str, threads: int) -> GeneratedCode:
     ir = re.sub(r"^define hidden void @", "define amdgpu_kernel void @", ir, flags=re.MULTILINE)
     ir = ir.replace("attributes #0 = {", f'attributes #0 = {{ "amdgpu-flat-work-group-size"="{threads},{threads}"', 1)
     ir = re.sub(r"(addrspace\(3\) global .*) zeroinitializer", r"\1 undef", ir)
-    return GeneratedCode(ir, _clang(["-x", "ir", "-mllvm", "-disable-promote-alloca-to-lds", "-S", "-o", "-", "-"], ir))
+    only_the_back_end = ["-Xclang", "-disable-llvm-passes", "-mllvm", "-disable-promote-alloca-to-lds"]
+    return GeneratedCode(ir, _clang(["-x", "ir", *only_the_back_end, "-S", "-o", "-", "-"], ir))
 
 
 def objections(code: GeneratedCode) -> list[str]:
