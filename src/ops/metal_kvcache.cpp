@@ -246,9 +246,12 @@ KVCacheOutputs metal_kvcache(const AttentionCall& given) {
   if (k.size() > 2) after.optional.k_biases = k[2], after.optional.v_biases = v[2];
   after.optional.seqused_k = append.lengths_after();
   const AttentionOutputs attention = metal_attention(after);
-  if (call.q.size() == 0) return {attention, cache_arrays(after)};
-  // The next append then waits for this read: steps that are queued need no second cache.
-  return {attention, mx::depends(cache_arrays(after), {attention.out})};
+  Arrays cache = cache_arrays(after);
+  if (call.q.size() == 0) return {attention, cache};
+  // The next append then waits for this read, so that steps that are queued need no second cache. One node an array: MLX holds
+  // on to all outputs of a node while it is computed.
+  for (mx::array& array : cache) array = mx::depends({array}, {attention.out})[0];
+  return {attention, cache};
 }
 
 }  // namespace flash_attn
