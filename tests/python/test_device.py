@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import warnings
 
 import mlx.core as mx
 import numpy as np
 import pytest
-from metal_support import shim
+from metal_support import metal_graph, shim
 
 from flash_attn.flash_attn_mlx import device, self_test
 
@@ -27,6 +28,16 @@ def test_every_call_of_the_self_test_passes():
     assert report["ok"]
     assert len(report["self_test"]) > 30
     assert all(0 <= error < 1 for error in report["self_test"].values())
+
+
+def test_every_call_of_the_self_test_passes_on_the_metal_kernels(monkeypatch):
+    monkeypatch.setattr(self_test, "_TOLERANCE", {mx.float16: self_test._TOLERANCE[mx.float16]})
+    with metal_graph("fast") as module:
+        module.clear_reports()
+        errors = self_test.errors(self_test.CPU)
+        kernels = {re.search(r"flash_attn_(\w+?)_[0-9a-f]{16}", report["function"])[1] for report in module.reports()}
+    assert all(0 <= error < 1 for error in errors.values())
+    assert {"forward", "delta", "backward_dq", "backward_dkv", "decode", "rotary"} <= kernels
 
 
 def test_wrong_numbers_fail(monkeypatch, two_cases):
