@@ -66,7 +66,7 @@ std::string machine_flags() {
 
 std::string command_for(Mode mode) {
   const std::string common =
-      " -x c++ -std=c++20 -g1 -gdwarf-4 -fPIC -shared -fno-exceptions -fno-rtti -fno-strict-aliasing -ffp-contract=off "
+      " -x c++ -std=c++20 -fPIC -shared -fno-exceptions -fno-rtti -fno-strict-aliasing -ffp-contract=off "
       "-fsigned-char"
       " -D__METAL_VERSION__=310 -w -I" METAL_SHIM_INCLUDE_DIR +
       machine_flags();
@@ -85,26 +85,30 @@ std::string command_for(Mode mode) {
     case Mode::sanitize:
       return clang + common +
              " -O1 -DMETAL_SHIM_CHECKED -fno-omit-frame-pointer -fsanitize=address,undefined -fsanitize-recover=address"
-             " -fsanitize-trap=undefined -shared-libsan";
+             " -fsanitize-trap=undefined -shared-libsan -g1";
   }
   return {};
 }
 
 std::string quoted(const std::string& path) { return "'" + path + "'"; }
 
-/// Runs a command; what it prints is the error where it fails.
-void shell(const std::string& command) {
+/// What a command prints, which is the error where it fails.
+std::string shell(const std::string& command) {
   std::FILE* pipe = popen((command + " 2>&1").c_str(), "r");
   if (pipe == nullptr) throw Fault(FaultKind::compile, "cannot run " + command);
   std::string output;
   char chunk[4096];
   for (std::size_t n; (n = std::fread(chunk, 1, sizeof chunk, pipe)) > 0;) output.append(chunk, n);
   if (pclose(pipe) != 0) throw Fault(FaultKind::compile, output.substr(0, 6000));
+  return output;
 }
 
-fs::path library_for(const Launch& launch, Mode mode) {
+// Debug information takes a third of the time, and few kernels have findings: those are compiled again.
+constexpr const char* with_lines = " -g1 -gdwarf-4";
+
+fs::path library_for(const Launch& launch, Mode mode, const std::string& more_flags = "") {
   const std::string source = transpile(launch.text, launch.function);
-  const std::string command = command_for(mode);
+  const std::string command = command_for(mode) + more_flags;
   const fs::path cache = from_environment("METAL_SHIM_CACHE", METAL_SHIM_CACHE_DIR);
   const std::string name = fingerprint(source + command + shim_headers());
   const fs::path library = cache / (name + ".so");
@@ -138,6 +142,22 @@ Kernel compile(const Launch& launch, Mode mode) {
   if (kernel == nullptr) throw Fault(FaultKind::compile, dlerror());
   loaded.emplace(key, kernel);
   return kernel;
+}
+
+std::string line_of(const void* instruction, const Launch& launch, Mode mode) {
+  Dl_info info;
+  if (instruction == nullptr || dladdr(instruction, &info) == 0) return {};
+  const auto offset = static_cast<const char*>(instruction) - static_cast<const char*>(info.dli_fbase);
+  char address[32];
+  std::snprintf(address, sizeof address, "%#tx", offset);
+  const std::string frames =
+      shell("addr2line -s -i -e " + quoted(library_for(launch, mode, with_lines).string()) + " " + address);
+  // Innermost first; the shim's own headers do not interest.
+  std::istringstream lines(frames);
+  for (std::string frame; std::getline(lines, frame);) {
+    if (frame.find(".metal:") != std::string::npos) return frame.substr(0, frame.find(' '));
+  }
+  return {};
 }
 
 }  // namespace metal_shim

@@ -11,7 +11,4 @@ namespace metal_shim {
 /// address in the compiled text that says which line it was, or null.
 [[noreturn]] void fault(FaultKind, const std::string& message, const void* instruction = nullptr);
 
-/// "line 12", of the text or the file included into it, as the debug information has it.
-std::string line_of(const void* instruction);
-
 }  // namespace metal_shim

@@ -1,10 +1,8 @@
 #include <csignal>
-#include <cstdio>
 #include <mutex>
 #include <optional>
 #include <string>
 
-#include <dlfcn.h>
 #include <sys/ucontext.h>
 
 #include "address_sanitizer.h"
@@ -132,25 +130,6 @@ void fault(FaultKind kind, const std::string& message, const void* instruction) 
   leave_fibers();
 }
 
-std::string line_of(const void* instruction) {
-  Dl_info info;
-  if (instruction == nullptr || dladdr(instruction, &info) == 0) return {};
-  const auto offset = static_cast<const char*>(instruction) - static_cast<const char*>(info.dli_fbase);
-  char command[4200];
-  std::snprintf(command, sizeof command, "addr2line -s -i -e '%s' %#tx 2>/dev/null", info.dli_fname, offset);
-  std::FILE* pipe = popen(command, "r");
-  if (pipe == nullptr) return {};
-  // Innermost first; the shim's own headers do not interest.
-  std::string place;
-  char answer[512];
-  while (std::fgets(answer, sizeof answer, pipe) != nullptr) {
-    const std::string frame(answer);
-    if (place.empty() && frame.find(".metal:") != std::string::npos) place = frame.substr(0, frame.find_first_of(" \n"));
-  }
-  pclose(pipe);
-  return place;
-}
-
 Report run(const Launch& launch, Mode mode) {
   static std::mutex one_at_a_time;
   const std::lock_guard<std::mutex> lock(one_at_a_time);
@@ -176,7 +155,7 @@ Report run(const Launch& launch, Mode mode) {
     if (!report.empty()) throw Fault(FaultKind::out_of_bounds, launch.function + ": " + report);
   }
   if (finding) {
-    const std::string line = line_of(finding->instruction);
+    const std::string line = line_of(finding->instruction, launch, mode);
     throw Fault(finding->kind, launch.function + ": " + finding->message + (line.empty() ? "" : " (" + line + ")"));
   }
   if (mode == Mode::hooks) hooks::end_launch(report);
