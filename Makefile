@@ -55,11 +55,11 @@ bench-peers: build ## Install PyTorch (large), ONNX Runtime and OpenVINO into .v
 	PYTHON=$(BIN)/python benchmarks/install_peers.sh
 
 .PHONY: test
-test: setup-test build test-python test-cpp fuzz ## All tests, and a minute of fuzzing
+test: setup-test build test-python test-metal test-cpp fuzz ## All tests, and a minute of fuzzing
 
 .PHONY: test-python
 test-python: build ## pytest tests/python
-	$(BIN)/python -m pytest -q tests/python
+	$(BIN)/python -m pytest -q --ignore-glob='*/test_metal_*' tests/python
 
 .PHONY: test-full
 test-full: build ## A seeded share of upstream's whole test matrix: make test-full FRACTION=0.02
@@ -87,6 +87,20 @@ metal-shim: setup-test $(VENV)/.requirements ## Build the Metal shim, which runs
 .PHONY: test-metal-shim
 test-metal-shim: metal-shim ## The Metal shim's own tests: MLX's kernels pass, planted bugs are found
 	$(BIN)/python -m pytest -q tests/metal_shim/tests
+
+# Two at a time: of the kernels' own tests every METAL_STEP-th and the one after, with every access checked; of the other suites
+# every METAL_SUITE_STEP-th and the one after, on the Metal graph. 2 and 2 is all.
+METAL_STEP ?= 4
+METAL_SUITE_STEP ?= 24
+METAL_SUITES := $(addprefix tests/python/test_,forward.py backward.py features.py varlen.py dropout.py lse.py nonfinite.py \
+	transforms.py kvcache.py kvcache_decode.py kvcache_quantised.py kvcache_transforms.py paged_varlen.py)
+
+.PHONY: test-metal
+test-metal: build metal-shim ## The Metal kernels under the shim: a share of their own tests and of the others; all: METAL_STEP=2 METAL_SUITE_STEP=2
+	@status=0; for part in 0 1; do \
+	  ( $(BIN)/python -m pytest -q --share $$part/$(METAL_STEP) tests/python/test_metal_*.py && \
+	    $(BIN)/python -m pytest -q --share $$part/$(METAL_SUITE_STEP) --metal-shim=fast $(METAL_SUITES) ) & jobs[$$part]=$$!; \
+	done; for job in $${jobs[@]}; do wait $$job || status=1; done; exit $$status
 
 .PHONY: metal-lint
 metal-lint: build metal-shim ## Check the Metal texts: Metal's rules, address spaces, what a GPU compiler makes of them

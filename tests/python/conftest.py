@@ -12,6 +12,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--metal-shim", choices=("fast", "hooks", "sanitize"), help="run every call on the Metal kernels, under the shim"
     )
+    parser.addoption("--share", help="I/N: every Nth test, from the Ith on")
     parser.addoption("--gpu", action="store_true", help="run on the GPU of a Mac")
 
 
@@ -21,6 +22,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if share := config.getoption("--share"):
+        first, step = (int(number) for number in share.split("/"))
+        items[:] = items[first::step]
     if "FRACTION" in os.environ:
         return
     skip = pytest.mark.skip(reason="set FRACTION, the share of upstream's matrix to run")
