@@ -228,9 +228,9 @@ def test_active_memory_does_not_grow_while_decoding(rng):
 
 
 RESIDENT = """
-import resource
 import mlx.core as mx
 from flash_attn import flash_attn_with_kvcache
+from support import peak_resident_bytes
 mx.set_default_device(mx.cpu)
 def caches(length):
     codes = [mx.ones((1, length, 4, 128), mx.int8) for _ in range(2)]
@@ -241,9 +241,9 @@ def step(length):
     codes, scales = caches(length)
     q = mx.ones((1, 1, 8, 128), mx.float16)
     mx.eval(q)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = peak_resident_bytes()
     mx.eval(flash_attn_with_kvcache(q, *codes, k_scale=scales[0], v_scale=scales[1], cache_seqlens=length))
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 / codes[0].nbytes
+    return (peak_resident_bytes() - before) / codes[0].nbytes
 step(256)
 print(step(65536))
 """

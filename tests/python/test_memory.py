@@ -88,17 +88,17 @@ def test_forward_and_backward_are_linear_in_the_sequence(rng, options):
 
 
 RESIDENT = """
-import resource
 import mlx.core as mx
 from flash_attn import flash_attn_func
+from support import peak_resident_bytes
 mx.set_default_device(mx.cpu)
 def step(seqlen):
     q, k, v = (mx.random.normal((1, seqlen, 1, 64)) for _ in range(3))
     gradient = mx.grad(lambda q, k, v: flash_attn_func(q, k, v, causal=True).sum(), argnums=(0, 1, 2))
     mx.eval(q, k, v)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = peak_resident_bytes()
     mx.eval(gradient(q, k, v))
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 / q.nbytes
+    return (peak_resident_bytes() - before) / q.nbytes
 step(256)
 print(step(8192))
 """
