@@ -126,6 +126,7 @@ class ShimKernel : public mx::Primitive {
       for (mx::array& output : outputs) std::memset(output.data<char>(), 0, output.nbytes());
       return;
     }
+    prepare(recording.text, recording.function, *mode_);
     mx::cpu::get_command_encoder(stream()).dispatch(
         [launch = launch_, mode = *mode_, seed = seed_, recording, inputs, outputs]() mutable {
           add_report(run_launch(launch, recording, inputs, outputs, mode, seed));

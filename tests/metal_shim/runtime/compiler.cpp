@@ -8,8 +8,10 @@
 #include <cstdlib>
 #include <filesystem>
 #include <fstream>
+#include <future>
 #include <iterator>
 #include <map>
+#include <mutex>
 #include <sstream>
 #include <vector>
 
@@ -106,8 +108,8 @@ std::string shell(const std::string& command) {
 // Debug information takes a third of the time, and few kernels have findings: those are compiled again.
 constexpr const char* with_lines = " -g1 -gdwarf-4";
 
-fs::path library_for(const Launch& launch, Mode mode, const std::string& more_flags = "") {
-  const std::string source = transpile(launch.text, launch.function);
+fs::path library_for(const std::string& text, const std::string& function, Mode mode, const std::string& more_flags = "") {
+  const std::string source = transpile(text, function);
   const std::string command = command_for(mode) + more_flags;
   const fs::path cache = from_environment("METAL_SHIM_CACHE", METAL_SHIM_CACHE_DIR);
   const std::string name = fingerprint(source + command + shim_headers());
@@ -125,22 +127,37 @@ fs::path library_for(const Launch& launch, Mode mode, const std::string& more_fl
   return library;
 }
 
+/// The library of a text, or the promise of one.
+std::shared_future<fs::path> library_of(const std::string& text, const std::string& function, Mode mode) {
+  static std::mutex mutex;
+  static std::map<std::string, std::shared_future<fs::path>> libraries;
+  const std::string key = fingerprint(text) + function + std::to_string(static_cast<int>(mode));
+  const std::lock_guard<std::mutex> lock(mutex);
+  auto found = libraries.find(key);
+  if (found == libraries.end()) {
+    found = libraries.emplace(key, std::async(std::launch::async, library_for, text, function, mode, "")).first;
+  }
+  return found->second;
+}
+
 }  // namespace
 
+void prepare(const std::string& text, const std::string& function, Mode mode) { library_of(text, function, mode); }
+
 Kernel compile(const Launch& launch, Mode mode) {
-  static std::map<std::string, Kernel> loaded;
-  const std::string key = fingerprint(launch.text) + launch.function + std::to_string(static_cast<int>(mode));
-  if (const auto found = loaded.find(key); found != loaded.end()) return found->second;
+  const fs::path path = library_of(launch.text, launch.function, mode).get();
+  static std::map<fs::path, Kernel> loaded;
+  if (const auto found = loaded.find(path); found != loaded.end()) return found->second;
   const std::size_t named = buffers_of(launch.text, launch.function);
   if (named > launch.buffers.size()) {
     throw Fault(FaultKind::compile, launch.function + " names " + std::to_string(named) + " buffers, the launch has " +
                                         std::to_string(launch.buffers.size()));
   }
-  void* library = dlopen(library_for(launch, mode).c_str(), RTLD_NOW | RTLD_LOCAL);
+  void* library = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
   if (library == nullptr) throw Fault(FaultKind::compile, dlerror());
   const Kernel kernel = reinterpret_cast<Kernel>(dlsym(library, "metal_shim_kernel"));
   if (kernel == nullptr) throw Fault(FaultKind::compile, dlerror());
-  loaded.emplace(key, kernel);
+  loaded.emplace(path, kernel);
   return kernel;
 }
 
@@ -150,8 +167,8 @@ std::string line_of(const void* instruction, const Launch& launch, Mode mode) {
   const auto offset = static_cast<const char*>(instruction) - static_cast<const char*>(info.dli_fbase);
   char address[32];
   std::snprintf(address, sizeof address, "%#tx", offset);
-  const std::string frames =
-      shell("addr2line -s -i -e " + quoted(library_for(launch, mode, with_lines).string()) + " " + address);
+  const std::string frames = shell(
+      "addr2line -s -i -e " + quoted(library_for(launch.text, launch.function, mode, with_lines).string()) + " " + address);
   // Innermost first; the shim's own headers do not interest.
   std::istringstream lines(frames);
   for (std::string frame; std::getline(lines, frame);) {

@@ -78,6 +78,9 @@ struct Fault : std::runtime_error {
 
 Report run(const Launch&, Mode);
 
+/// Starts to compile a text, so that several compile at once; run() waits for its own.
+void prepare(const std::string& text, const std::string& function, Mode);
+
 /// The C++ that a compiler gets for the text. Lines are the text's.
 std::string transpile(const std::string& text, const std::string& function);
 
