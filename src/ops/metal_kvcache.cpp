@@ -15,10 +15,12 @@
 #include "ops/inputs.h"
 #include "ops/metal_attention.h"
 #include "ops/metal_launch.h"
+#include "ops/metal_probe.h"
 #include "ops/require.h"
 #include "ops/vjp.h"
 #include "ops/whole_rows.h"
 #include "reference/cache_rows.h"
+#include "reference/kvcache.h"
 #include "semantics/paging.h"
 
 namespace flash_attn {
@@ -225,7 +227,9 @@ AttentionOutputs metal_decode(const AttentionCall& call) {
   return {outputs[0], outputs[1]};
 }
 
-KVCacheOutputs metal_kvcache(const AttentionCall& given) {
+namespace {
+
+KVCacheOutputs append_and_attend(const AttentionCall& given) {
   const mx::StreamContext context(given.stream);
   const AttentionCall call = readable_by_metal(given);
   const OptionalInputs& optional = call.optional;
@@ -252,6 +256,27 @@ KVCacheOutputs metal_kvcache(const AttentionCall& given) {
   // on to all outputs of a node while it is computed.
   for (mx::array& array : cache) array = mx::depends({array}, {attention.out})[0];
   return {attention, cache};
+}
+
+/// Of the rotation; attention has its own probe.
+Probe rotary_probe(const AttentionCall& call) {
+  const auto arrays_of = [](KVCacheOutputs outputs) {
+    Arrays arrays = std::move(outputs.cache);
+    arrays.insert(arrays.end(), {outputs.attention.out, outputs.attention.lse});
+    return arrays;
+  };
+  const bool packed_new_keys = call.optional.cu_seqlens_k_new.has_value();
+  return {.texts = metal::rotary_kernel(call.problem, metal::Rotated::queries, call.problem.varlen).name +
+                   metal::rotary_kernel(call.problem, metal::Rotated::new_keys, packed_new_keys).name,
+          .by_kernel = [=] { return arrays_of(append_and_attend(small_call_like(call))); },
+          .by_reference = [=] { return arrays_of(reference::attention_with_kvcache(small_call_like(call))); }};
+}
+
+}  // namespace
+
+KVCacheOutputs metal_kvcache(const AttentionCall& call) {
+  if (call.optional.rotary_cos && !is_trusted(rotary_probe(call), call.stream)) return reference::attention_with_kvcache(call);
+  return append_and_attend(call);
 }
 
 }  // namespace flash_attn

@@ -52,7 +52,7 @@ constexpr int most_kv_heads = 8;
 constexpr int most_rows = 40;
 constexpr int most_keys = 72;
 constexpr int most_blocks = 8;
-constexpr int most_pages = 12;
+constexpr int most_new_keys = 8;
 
 class SmallData {
  public:
@@ -150,10 +150,10 @@ void shrink_cache(const AttentionCall& call, AttentionCall& small, SmallData& da
   if (problem.page_size > 0) {
     const int table_rows = optional.cache_batch_idx ? shrunk(problem.table_rows, most_sequences) : batch;
     const int blocks = shrunk(problem.table_blocks, most_blocks);
-    rows = shrunk(problem.cache_rows, most_pages);
+    rows = table_rows * blocks;
     slots = problem.page_size;
     std::vector<std::int32_t> pages;
-    for (int i = 0; i < table_rows * blocks; ++i) pages.push_back((7 * i + 3) % rows);
+    for (int i = 0; i < rows; ++i) pages.push_back(rows - 1 - i);
     optional.block_table = mx::reshape(integers(pages), {table_rows, blocks});
   }
   const auto resized = [&](const mx::array& array) {
@@ -179,6 +179,27 @@ void shrink_cache(const AttentionCall& call, AttentionCall& small, SmallData& da
     for (int i = 0; i < batch; ++i) leftpad.push_back(i % 3);
     optional.cache_leftpad = integers(leftpad);
   }
+}
+
+/// `keys`: slots in use, the new ones among them.
+void shrink_new_keys(const AttentionCall& call, AttentionCall& small, SmallData& data, int keys) {
+  AttentionProblem& problem = small.problem;
+  OptionalInputs& optional = small.optional;
+  const bool packed = optional.cu_seqlens_k_new.has_value();
+  const int batch = small.problem.batch;
+  const int added = std::min({packed ? call.problem.total_new : call.problem.seqlen_new, most_new_keys, keys});
+  for (auto* tensor : {&optional.k_new, &optional.v_new}) {
+    const int dim = (*tensor)->shape(-1);
+    *tensor =
+        data.like(**tensor, packed ? mx::Shape{added, problem.heads_k, dim} : mx::Shape{batch, added, problem.heads_k, dim});
+  }
+  if (packed) optional.cu_seqlens_k_new = starts_of(batch, added, added);
+  optional.seqused_k = used_of(batch, keys - added);
+  if (!optional.rotary_cos) return;
+  for (auto* table : {&optional.rotary_cos, &optional.rotary_sin}) {
+    *table = data.like(**table, {problem.key_capacity(), (*table)->shape(1)});
+  }
+  if (optional.rotary_seqlens) optional.rotary_seqlens = used_of(batch, keys - added);
 }
 
 }  // namespace
@@ -225,6 +246,10 @@ AttentionCall small_call_like(const AttentionCall& call) {
   if (optional.seqused_k) optional.seqused_k = used_of(batch, keys);
   if (optional.dropout_key) optional.dropout_key = mx::array({17u, 4u}, mx::uint32);
   set_sizes(problem, small.q, small.k, small.v, optional);
+  if (optional.k_new) {
+    shrink_new_keys(call, small, data, keys);
+    set_sizes(problem, small.q, small.k, small.v, optional);
+  }
   return small;
 }
 

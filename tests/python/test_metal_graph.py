@@ -12,7 +12,7 @@ from metal_support import metal_graph
 from support import integers, normal, packed_qkv, qkv, to_numpy
 
 import flash_attn
-from flash_attn import flash_attn_func, flash_attn_varlen_func
+from flash_attn import flash_attn_func, flash_attn_varlen_func, flash_attn_with_kvcache
 
 FORWARD = "flash_attn_forward"
 BACKWARD_DKV = "flash_attn_backward_dkv"
@@ -327,6 +327,56 @@ def test_the_probe_of_packed_sequences_passes(rng):
     with metal_graph(probe=True), warnings.catch_warnings():
         warnings.simplefilter("error")
         mx.eval(mx.grad(lambda q: flash_attn_varlen_func(q, **arguments, causal=True).sum())(arguments.pop("q")))
+
+
+def cache_calls(rng):
+    """Arguments of flash_attn_with_kvcache, by what is special about them."""
+
+    def cache(*shape, dtype=mx.float16):
+        return {"k_cache": normal(rng, *shape, 2, 32, dtype=dtype), "v_cache": normal(rng, *shape, 2, 32, dtype=dtype)}
+
+    q = normal(rng, 2, 1, 4, 32, dtype=mx.float16)
+    new = {"k": normal(rng, 2, 1, 2, 32, dtype=mx.float16), "v": normal(rng, 2, 1, 2, 32, dtype=mx.float16)}
+    lengths = {"cache_seqlens": integers(50, 90)}
+    pages = {"block_table": mx.reshape(integers(*range(12)), (2, 6))}
+    angles = {"rotary_cos": normal(rng, 100, 8, dtype=mx.float16), "rotary_sin": normal(rng, 100, 8, dtype=mx.float16)}
+    yield "contiguous", {"q": q, **cache(2, 100), **lengths}
+    yield (
+        "rows and padding",
+        {
+            "q": q,
+            **cache(5, 100),
+            **lengths,
+            "cache_batch_idx": integers(4, 1),
+            "cache_leftpad": integers(3, 0),
+        },
+    )
+    yield "pages", {"q": q, **cache(12, 16), **lengths, **pages, "causal": True}
+    yield "splits", {"q": q, **cache(2, 100), **lengths, "num_splits": 3}
+    yield "many rows", {"q": normal(rng, 2, 40, 4, 32, dtype=mx.float16), **cache(12, 16), **lengths, **pages, "causal": True}
+    yield "append", {"q": q, **cache(2, 100), **lengths, **new, **angles}
+    yield "append to pages", {"q": q, **cache(12, 16), **lengths, **pages, **new}
+    codes = {name: mx.array(rng.integers(-99, 99, (2, 100, 2, 32)), mx.int8) for name in ("k_cache", "v_cache")}
+    scales = {name: mx.abs(normal(rng, 2, 100, 2)) * 0.02 for name in ("k_scale", "v_scale")}
+    yield "int8", {"q": q, **codes, **scales, **lengths}
+
+
+@pytest.mark.parametrize("index", range(8))
+def test_the_probes_of_caches_pass(rng, index):
+    _, arguments = list(cache_calls(rng))[index]
+    with metal_graph(probe=True), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        mx.eval(flash_attn_with_kvcache(**arguments))
+
+
+def test_a_broken_rotation_is_not_used(rng):
+    arguments = dict(cache_calls(rng))["append"]
+    caches = {name: mx.array(arguments[name]) for name in ("k_cache", "v_cache")}
+    want = on_cpu(lambda: flash_attn_with_kvcache(**(arguments | caches)))
+    bugs = {"flash_attn_rotary": ("FA_T(turned.second)", "FA_T(turned.first)")}
+    with metal_graph(probe=True, bugs=bugs), pytest.warns(RuntimeWarning, match="wrong numbers"):
+        close(flash_attn_with_kvcache(**arguments), want, 2e-3)
+    close(arguments["k_cache"], caches["k_cache"], 2e-3)
 
 
 @pytest.mark.parametrize(
