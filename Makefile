@@ -55,7 +55,7 @@ bench-peers: build ## Install PyTorch (large), ONNX Runtime and OpenVINO into .v
 	PYTHON=$(BIN)/python benchmarks/install_peers.sh
 
 .PHONY: test
-test: setup-test build test-python test-metal test-cpp fuzz ## All tests, and a minute of fuzzing
+test: setup-test build test-python test-metal-shim test-metal test-cpp fuzz ## All tests, and a minute of fuzzing
 
 .PHONY: test-python
 test-python: build ## pytest tests/python
