@@ -8,8 +8,9 @@
 //     O  = alpha O + dropout(P) V         [rows][head dims]
 //   O = O / l;  lse = ln 2 (m + log2 l)
 //
-// A simdgroup has eight rows, or with FA_SPLIT_D 2 half of the head dims of eight rows. K of the next block is on its way while
-// this one is multiplied by V, V while Q is multiplied by K: two barriers a block. Grid: row blocks, kv heads, batch.
+// A simdgroup has eight rows, or with FA_SPLIT_D 2 half of the head dims of eight rows. K and V have a memory each, so that two
+// barriers a block are enough; where registers allow, V is on its way while Q is multiplied by K, the next K while P is by V.
+// Grid: row blocks, kv heads, batch.
 #pragma once
 
 #include "metal/online_softmax.metal"
@@ -86,19 +87,21 @@ Tile<value_tiles> O;
 O.fill(0.0f);
 SoftmaxRow softmax = start_softmax(learnable_sink, row.head, lane);
 
-KeyLoad next_k;
-ValueLoad next_v;
 int key = keys.begin / FA_BK * FA_BK;
-next_k.load(k_rows, key, keys, thread_index);
-next_k.store(K, thread_index);
+KeyLoad first_k;
+first_k.load(k_rows, key, keys, thread_index);
+first_k.store(K, thread_index);
 if (scores_values) {
-  next_v.load(v_rows, key, keys, thread_index);
-  next_v.store(V, thread_index);
+  ValueLoad first_v;
+  first_v.load(v_rows, key, keys, thread_index);
+  first_v.store(V, thread_index);
 }
 for (; key < keys.end; key += FA_BK) {
   const bool sees_block = sees(seen.some, key, key + FA_BK);
+  ValueLoad next_v;
+  KeyLoad next_k;
   threadgroup_barrier(mem_flags::mem_threadgroup);  // K is there; V is free
-  if (!scores_values) next_v.load(v_rows, key, keys, thread_index);
+  if (loads_early && !scores_values) next_v.load(v_rows, key, keys, thread_index);
   find_missing(missing_keys, places, key, keys, thread_index);
 
   Tile<key_tiles> S;
@@ -110,10 +113,10 @@ for (; key < keys.end; key += FA_BK) {
   if (FA_SPLIT_D > 1) store_part(S, partial_scores, simdgroup, lane);
 
   if (shares_memory) threadgroup_barrier(mem_flags::mem_threadgroup);
+  if (!loads_early && !scores_values) next_v.load(v_rows, key, keys, thread_index);
   if (!scores_values) next_v.store(V, thread_index);
   threadgroup_barrier(mem_flags::mem_threadgroup);  // V is there; K is free
-  next_k.load(k_rows, key + FA_BK, keys, thread_index);
-  if (scores_values) next_v.load(v_rows, key + FA_BK, keys, thread_index);
+  if (loads_early) next_k.load(k_rows, key + FA_BK, keys, thread_index);
 
   if (sees_block) {
     if (FA_SPLIT_D > 1) add_part(S, partial_scores, simdgroup ^ 1u, lane);
@@ -125,8 +128,12 @@ for (; key < keys.end; key += FA_BK) {
   }
 
   if (shares_memory || scores_values) threadgroup_barrier(mem_flags::mem_threadgroup);
+  if (!loads_early) next_k.load(k_rows, key + FA_BK, keys, thread_index);
   next_k.store(K, thread_index);
-  if (scores_values) next_v.store(V, thread_index);
+  if (scores_values) {
+    next_v.load(v_rows, key + FA_BK, keys, thread_index);
+    next_v.store(V, thread_index);
+  }
 }
 
 const RowEnd end = end_of_row(softmax, dropout_scale(params));

@@ -66,68 +66,90 @@ METAL_FUNC KeyRows<Keys, Tensor> key_rows(Keys keys, Tensor tensor, int kv_head)
   return {keys, tensor, kv_head};
 }
 
-// ---- loads: runs of head dims are dealt to all threads, some turns each. They are asked for before other work and stored after it
+// ---- loads: runs of head dims are dealt to all threads, as many whole rows a turn as there are threads for
 
-METAL_FUNC constexpr int turns_of(int runs) { return (runs + threads - 1) / threads; }
-METAL_FUNC bool has_turn(int runs, int i) { return runs % threads == 0 || i < runs; }
+METAL_FUNC constexpr int rows_a_turn(int dims) { return threads / (dims / key_run); }
+METAL_FUNC constexpr int turns_of(int rows, int dims) { return (rows + rows_a_turn(dims) - 1) / rows_a_turn(dims); }
 
-constant constexpr int runs_of_key = stored_dims / key_run;
-constant constexpr int key_runs = FA_BK / 2 * runs_of_key;  // of two keys each
-constant constexpr int runs_of_value = stored_value_dims / key_run;
-constant constexpr int value_runs = FA_BK * runs_of_value;
+// The run of this thread in its first turn.
+struct DealtRun {
+  int row;
+  int dim;
+};
+
+METAL_FUNC DealtRun dealt_run(int dims, uint thread_index) {
+  const int runs = dims / key_run;
+  return {int(thread_index) / runs, int(thread_index) % runs * key_run};
+}
+
+constant constexpr int no_key = -2;  // nor is the next
+
+/// Whether there is a row for the thread in this turn.
+template <int rows, int dims>
+METAL_FUNC bool is_dealt(DealtRun first, int turn) {
+  constexpr int rows_of_turn = rows_a_turn(dims);
+  if (rows % rows_of_turn == 0 && threads % (dims / key_run) == 0) return true;
+  return first.row < rows_of_turn && first.row + turn * rows_of_turn < rows;
+}
+
+constant constexpr int key_turns = turns_of(FA_BK / 2, stored_dims);  // of two keys a thread
+constant constexpr int value_turns = turns_of(FA_BK, stored_value_dims);
+
+// A load is asked for before other work and stored after it, unless Q and O leave no registers for that.
+constant constexpr bool loads_early = dim_tiles + value_tiles <= 16 && sizeof(Stored) == 2;
 
 // Of keys [key, key + FA_BK), of which the block's rows see those that are `needed`.
 struct KeyLoad {
-  Run<Stored, key_run> even[turns_of(key_runs)];
-  Run<Stored, key_run> odd[turns_of(key_runs)];
+  Run<Stored, key_run> even[key_turns];
+  Run<Stored, key_run> odd[key_turns];
 
   template <class Rows>
   METAL_FUNC void load(Rows rows, int key, KeyRange needed, uint thread_index) thread {
+    const DealtRun run = dealt_run(stored_dims, thread_index);
     FA_UNROLL
-    for (short turn = 0; turn < turns_of(key_runs); ++turn) {
-      const int i = turn * threads + int(thread_index);
-      if (!has_turn(key_runs, i)) break;
-      const int even_key = key + i / runs_of_key * 2;
-      const int dim = i % runs_of_key * key_run;
-      even[turn] = rows.run(even_key, dim, needed);
-      odd[turn] = rows.run(even_key + 1, dim, needed);
+    for (short turn = 0; turn < key_turns; ++turn) {
+      const int dealt_key = key + 2 * run.row + 2 * turn * rows_a_turn(stored_dims);
+      const int even_key = is_dealt<FA_BK / 2, stored_dims>(run, turn) ? dealt_key : no_key;
+      even[turn] = rows.run(even_key, run.dim, needed);
+      odd[turn] = rows.run(even_key + 1, run.dim, needed);
     }
   }
 
   METAL_FUNC void store(threadgroup Stored* k, uint thread_index) const thread {
+    const DealtRun run = dealt_run(stored_dims, thread_index);
+    threadgroup Stored* to = k + run.row * key_pitch + 2 * run.dim;
     FA_UNROLL
-    for (short turn = 0; turn < turns_of(key_runs); ++turn) {
-      const int i = turn * threads + int(thread_index);
-      if (!has_turn(key_runs, i)) break;
-      threadgroup Stored* to = k + i / runs_of_key * key_pitch + i % runs_of_key * 2 * key_run;
+    for (short turn = 0; turn < key_turns; ++turn) {
+      if (!is_dealt<FA_BK / 2, stored_dims>(run, turn)) break;
       FA_UNROLL
       for (short j = 0; j < key_run; ++j) {
-        to[2 * j] = even[turn].values[j];
-        to[2 * j + 1] = odd[turn].values[j];
+        to[turn * rows_a_turn(stored_dims) * key_pitch + 2 * j] = even[turn].values[j];
+        to[turn * rows_a_turn(stored_dims) * key_pitch + 2 * j + 1] = odd[turn].values[j];
       }
     }
   }
 };
 
 struct ValueLoad {
-  Run<Stored, key_run> runs[turns_of(value_runs)];
+  Run<Stored, key_run> runs[value_turns];
 
   template <class Rows>
   METAL_FUNC void load(Rows rows, int key, KeyRange needed, uint thread_index) thread {
+    const DealtRun run = dealt_run(stored_value_dims, thread_index);
     FA_UNROLL
-    for (short turn = 0; turn < turns_of(value_runs); ++turn) {
-      const int i = turn * threads + int(thread_index);
-      if (!has_turn(value_runs, i)) break;
-      runs[turn] = rows.run(key + i / runs_of_value, i % runs_of_value * key_run, needed);
+    for (short turn = 0; turn < value_turns; ++turn) {
+      const int dealt_key = key + run.row + turn * rows_a_turn(stored_value_dims);
+      runs[turn] = rows.run(is_dealt<FA_BK, stored_value_dims>(run, turn) ? dealt_key : no_key, run.dim, needed);
     }
   }
 
   METAL_FUNC void store(threadgroup Stored* v, uint thread_index) const thread {
+    const DealtRun run = dealt_run(stored_value_dims, thread_index);
+    threadgroup Stored* to = v + run.row * value_pitch + run.dim;
     FA_UNROLL
-    for (short turn = 0; turn < turns_of(value_runs); ++turn) {
-      const int i = turn * threads + int(thread_index);
-      if (!has_turn(value_runs, i)) break;
-      runs[turn].store(v + i / runs_of_value * value_pitch + i % runs_of_value * key_run);
+    for (short turn = 0; turn < value_turns; ++turn) {
+      if (!is_dealt<FA_BK, stored_value_dims>(run, turn)) break;
+      runs[turn].store(to + turn * rows_a_turn(stored_value_dims) * value_pitch);
     }
   }
 };

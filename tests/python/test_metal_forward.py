@@ -321,7 +321,7 @@ def test_a_long_call(rng):
 
 
 BARRIER = "threadgroup_barrier(mem_flags::mem_threadgroup);\n"
-AFTER_BARRIERS = ["if (!scores_values) next_v.load", "next_k.load"]
+AFTER_BARRIERS = ["if (loads_early && !scores_values) next_v.load", "if (loads_early) next_k.load"]
 
 
 @pytest.mark.parametrize("step", AFTER_BARRIERS)
