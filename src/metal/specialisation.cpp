@@ -238,14 +238,15 @@ TileShape decode_shape(const AttentionProblem& problem) {
 
   TileShape shape = {fragment, 32, 4, 1};
   while (shape.rows < packed_rows && shape.rows < most_rows) shape.rows *= 2;
+  if (shape.rows > 16 || problem.has_qv) shape.keys = 16;
   const auto registers = [&](int split) {
     const int o = part(problem.head_dim_v, split);
     const int q = part(problem.head_dim, split) + (problem.has_qv ? o : 0);
-    return shape.rows / fragment * (2 * o + registers_of_q * q);
+    const int v = problem.has_qv ? shape.keys / fragment * o : 0;  // read for the scores, kept for the output
+    return shape.rows / fragment * (2 * o + registers_of_q * q) + registers_of_q * v;
   };
   while (shape.split_d < 8 && registers(shape.split_d) > most_registers) shape.split_d *= 2;
   shape.simdgroups = std::max(shape.simdgroups, shape.split_d);
-  if (shape.rows > 16 || problem.has_qv) shape.keys = 16;
   return with_wishes(shape);
 }
 
