@@ -25,7 +25,7 @@ from metal_support import metal_graph
 from support import DTYPES, integers, name_of, normal, to_numpy
 from test_kvcache_memory import LAYOUTS, addresses, new_call, parts_of, peak_of, values
 
-from flash_attn import flash_attn_with_kvcache
+from flash_attn import flash_attn_varlen_func, flash_attn_with_kvcache
 
 PAGE_SIZES = [1, 3, 16, 128]
 SMALL = 1 << 17
@@ -67,28 +67,32 @@ def later(x: mx.array) -> mx.array:
 # ---- attention
 
 
-@each_dtype
 @pytest.mark.parametrize("dim", [(8, 8), (40, 59), (64, 64), (80, 80), (128, 128), (192, 128), (256, 256)], ids=str)
-def test_every_head_dim(rng, shim, dim, dtype):
-    check(cache_call(rng, 2, 3, 70, 4, 1, *dim, dtype=dtype) | {"causal": True})
+def test_every_head_dim(rng, shim, dim):
+    check(cache_call(rng, 2, 3, 70, 4, 1, *dim, dtype=mx.float16) | {"causal": True})
     assert launched(shim) == ["decode"]
 
 
 @each_dtype
-@pytest.mark.parametrize("heads", [4, 16, 24])
+@pytest.mark.parametrize("dim", [59, 256])
+def test_every_dtype(rng, shim, dim, dtype):
+    check(cache_call(rng, 2, 3, 70, 4, 1, dim, dtype=dtype) | {"causal": True})
+    assert launched(shim) == ["decode"]
+
+
+@pytest.mark.parametrize(("heads", "dtype"), [(4, mx.float16), (24, mx.float16), (4, mx.float32)])
 def test_latent_attention(rng, heads, dtype):
     check(cache_call(rng, 1, 1, 90, heads, 1, 576, 512, dtype=dtype) | {"num_splits": 2})
 
 
-@each_dtype
-@pytest.mark.parametrize("seqlen_q", [1, 3])
+@pytest.mark.parametrize(("seqlen_q", "dtype"), [(1, mx.float16), (3, mx.float16), (1, mx.float32)])
 def test_latent_attention_with_qv(rng, seqlen_q, dtype):
     arguments = cache_call(rng, 2, seqlen_q, 60, 8, 1, 64, 512, dtype=dtype)
     check(arguments | {"qv": normal(rng, 2, seqlen_q, 8, 512, dtype=dtype), "causal": True})
 
 
-@pytest.mark.parametrize("heads", [(4, 4), (8, 1), (6, 2)], ids=str)
-@pytest.mark.parametrize("seqlen_q", [1, 2, 4, 5, 9])
+@pytest.mark.parametrize("heads", [(8, 1), (6, 2)], ids=str)
+@pytest.mark.parametrize("seqlen_q", [1, 2, 4, 9])
 def test_every_number_of_rows(rng, seqlen_q, heads):
     check(cache_call(rng, 2, seqlen_q, 100, *heads, 64, dtype=mx.float16) | {"causal": True})
 
@@ -99,7 +103,7 @@ def test_each_feature(rng, feature, seqlen_q):
     check(cache_call(rng, 2, seqlen_q, 150, 4, 2, 64, dtype=mx.float16) | FEATURES[feature](rng))
 
 
-@pytest.mark.parametrize("features", kvcache_combinations.sample(40, seed=11), ids=kvcache_combinations.name_of)
+@pytest.mark.parametrize("features", kvcache_combinations.sample(12, seed=11), ids=kvcache_combinations.name_of)
 def test_features_combine(rng, features):
     check(kvcache_combinations.build(rng, features))
 
@@ -141,6 +145,23 @@ def test_a_sink_joins_once(rng):
         check(arguments | {"num_splits": splits})
 
 
+def test_dropout_of_head_dims_that_only_decode_has(rng, shim):
+    """The mask is the reference's, bit for bit: without it the outputs would differ by much."""
+    q, k, v = normal(rng, 6, 2, 320), normal(rng, 8, 16, 1, 320), normal(rng, 8, 16, 1, 320)
+    arguments = {
+        "cu_seqlens_q": integers(0, 4, 6),
+        "cu_seqlens_k": integers(0, 30, 64),
+        "block_table": integers(*range(8)).reshape(2, 4),
+    }
+    options = {"max_seqlen_q": 4, "max_seqlen_k": 64, "dropout_p": 0.4, "dropout_key": mx.array([5, 9], mx.uint32)}
+    got = to_numpy(flash_attn_varlen_func(q, k, v, **arguments, **options))
+    assert launched(shim) == ["decode"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FLASH_ATTENTION_MLX_REF", "1")
+        want = to_numpy(flash_attn_varlen_func(q, k, v, **arguments, **options))
+    np.testing.assert_allclose(got, want, atol=2e-5)
+
+
 def test_a_short_cache_is_not_divided(rng, shim):
     check(cache_call(rng, 1, 1, 200, 4, 2, 64, dtype=mx.float16))
     assert launched(shim) == ["decode"]
@@ -152,7 +173,7 @@ def test_a_long_cache_is_divided(rng, shim):
 
 
 @pytest.mark.parametrize("paged", [False, True], ids=["rows", "pages"])
-@pytest.mark.parametrize(("seqlen_q", "heads", "dim"), [(1, 4, 64), (1, 8, 128), (4, 8, 128), (4, 8, 64), (1, 4, 256)])
+@pytest.mark.parametrize(("seqlen_q", "heads", "dim"), [(1, 4, 64), (4, 8, 128), (1, 4, 256)])
 def test_a_key_is_read_once_for_all_rows_of_its_head(rng, shim, seqlen_q, heads, dim, paged):
     length, heads_k = 256, 1
     arguments = cache_call(rng, 1, seqlen_q, 300, heads, heads_k, dim, dtype=mx.float16) | {"cache_seqlens": integers(length)}
@@ -200,8 +221,7 @@ def test_hostile_tables_stay_inside_the_cache(rng):
 
 
 @pytest.mark.parametrize("format_", quantised_caches.FORMATS)
-@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16], ids=name_of)
-@pytest.mark.parametrize("layout", ["rows", "pages"])
+@pytest.mark.parametrize(("layout", "dtype"), [("rows", mx.bfloat16), ("pages", mx.float16)])
 def test_codes_are_read_as_the_numbers_they_stand_for(rng, shim, layout, dtype, format_):
     arguments = cache_call(rng, 2, 3, 100, 4, 2, 128, 64, dtype=dtype) | {"causal": True}
     arguments = page(rng, arguments, 16) if layout == "pages" else arguments
@@ -227,8 +247,7 @@ def test_keys_of_8_bits_and_values_of_4(rng):
 
 @pytest.mark.parametrize("known", [True, False], ids=["known", "unknown"])
 @pytest.mark.parametrize("interleaved", [True, False])
-@pytest.mark.parametrize("rotary_dim", [16, 64])
-@each_dtype
+@pytest.mark.parametrize(("rotary_dim", "dtype"), [(16, mx.bfloat16), (64, mx.float16)])
 def test_rotary(rng, shim, dtype, rotary_dim, interleaved, known):
     arguments = rotary(rng, cache_call(rng, 2, 3, 60, 4, 2, 64, seqlen_new=3, dtype=dtype), rotary_dim, interleaved)
     check(arguments | {"causal": True} | ({} if known else {"cache_seqlens": later(arguments["cache_seqlens"])}))
@@ -249,7 +268,7 @@ def test_packed_tokens_are_rotated_and_stored(rng):
 @pytest.mark.parametrize("lengths", [(7, 7), (3, 30)], ids=["one length", "each its own"])
 @pytest.mark.parametrize("known", [True, False], ids=["known", "unknown"])
 @pytest.mark.parametrize("paged", [False, True], ids=["rows", "pages"])
-@each_dtype
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16], ids=name_of)
 def test_new_tokens_are_stored_and_nothing_else_changes(rng, dtype, paged, known, lengths):
     arguments = cache_call(rng, 2, 2, 60, seqlen_new=2, dtype=dtype) | {"cache_seqlens": integers(*lengths)}
     arguments = page(rng, arguments, 16) if paged else arguments
