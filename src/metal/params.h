@@ -1,4 +1,5 @@
-// The numbers of a launch: one int32 array, which C++ fills and the Metal text reads by these names. Floats travel as their bits.
+// The numbers of a launch: one int32 array, which C++ fills and the Metal text reads by these names. Floats travel as their
+// bits.
 #pragma once
 
 namespace flash_attn {
