@@ -18,10 +18,10 @@ struct Range {
   int end;
 };
 
-/// Of an axis along which the mask has `size`: a part of it, or all `count` where it is broadcast.
-METAL_FUNC Range summed_range(int size, int part, int part_size, int count) {
+/// Of an axis along which the mask has `size`: a block of it, or all `count` where it is broadcast.
+METAL_FUNC Range summed_range(int size, int block, int block_size, int count) {
   if (size == 1) return {0, count};
-  return {part * part_size, min_of(part * part_size + part_size, count)};
+  return {block * block_size, min_of(block * block_size + block_size, count)};
 }
 
 /// Over the lanes that share a column of a fragment.

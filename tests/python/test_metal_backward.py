@@ -44,6 +44,10 @@ OTHER_HEAD_DIMS = [
 KEY = mx.array(np.array([123456789, 987654321], np.uint32))
 
 
+def label(x: Any) -> str:
+    return name_of(x) if isinstance(x, mx.Dtype) else str(x)
+
+
 @pytest.fixture(autouse=True)
 def shim():
     with metal_graph(os.environ.get("METAL_SHIM_MODE", "hooks")) as module:
@@ -65,12 +69,12 @@ def check_on_metal(arguments: dict[str, Any], rng: np.random.Generator, module: 
 # ---- shapes
 
 
-@pytest.mark.parametrize(("dim", "dtype"), HEAD_DIMS, ids=str)
+@pytest.mark.parametrize(("dim", "dtype"), HEAD_DIMS, ids=label)
 def test_head_dims(rng, shim, dim, dtype):
     check_on_metal(qkv(rng, 1, 37, 70, 2, 1, dim, dtype=dtype) | {"causal": True}, rng, shim)
 
 
-@pytest.mark.parametrize(("dim", "dim_v", "dtype"), OTHER_HEAD_DIMS, ids=str)
+@pytest.mark.parametrize(("dim", "dim_v", "dtype"), OTHER_HEAD_DIMS, ids=label)
 def test_values_may_have_another_head_dim(rng, shim, dim, dim_v, dtype):
     check_on_metal(qkv(rng, 1, 37, 50, 2, 1, dim, dim_v, dtype=dtype), rng, shim)
 
@@ -185,7 +189,9 @@ def test_a_sink_has_a_gradient(rng, shim, causal):
     check_on_metal(qkv(rng, 2, 33, 29, 4, 2) | {"learnable_sink": normal(rng, 4), "causal": causal}, rng, shim)
 
 
-@pytest.mark.parametrize(("dim", "dtype"), [(32, mx.float16), (32, mx.float32), (128, mx.bfloat16), (192, mx.float16)], ids=str)
+@pytest.mark.parametrize(
+    ("dim", "dtype"), [(32, mx.float16), (32, mx.float32), (128, mx.bfloat16), (192, mx.float16)], ids=label
+)
 def test_dropout(rng, shim, dim, dtype):
     arguments = qkv(rng, 2, 50, 70, 4, 2, dim, dtype=dtype)
     check_on_metal(arguments | {"dropout_p": 0.17, "dropout_key": KEY, "causal": True}, rng, shim)
@@ -223,7 +229,7 @@ def test_the_gradient_of_a_mask_has_its_shape(rng, shim, axes, causal):
 
 
 @pytest.mark.parametrize(
-    ("dim", "dtype"), [(64, mx.float16), (128, mx.bfloat16), (256, mx.float16), (96, mx.float32), (256, mx.float32)], ids=str
+    ("dim", "dtype"), [(64, mx.float16), (128, mx.bfloat16), (256, mx.float16), (96, mx.float32), (256, mx.float32)], ids=label
 )
 def test_the_gradient_of_a_mask_at_every_tile_shape(rng, shim, dim, dtype):
     mask = normal(rng, 1, 2, 35, 50, dtype=dtype)
@@ -310,7 +316,7 @@ def test_a_nan_key_hidden_by_a_mask_leaves_no_trace(rng):
 # ---- order
 
 
-@pytest.mark.parametrize(("dim", "dtype"), [(64, mx.float16), (256, mx.float32)], ids=str)
+@pytest.mark.parametrize(("dim", "dtype"), [(64, mx.float16), (256, mx.float32)], ids=label)
 def test_gradients_do_not_depend_on_the_order_of_threads(rng, dim, dtype):
     arguments = qkv(rng, 1, 70, 90, 4, 2, dim, dtype=dtype) | {"causal": True, "attn_mask": normal(rng, 1, 1, 1, 90)}
     cotangents = cotangents_of(arguments, rng)
