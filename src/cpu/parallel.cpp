@@ -8,9 +8,12 @@
 #include <exception>
 #include <mutex>
 #include <thread>
+#include <vector>
 
 #if defined(__linux__)
 #include <sched.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 #endif
 #if !defined(_WIN32)
 #include <pthread.h>
@@ -45,38 +48,34 @@ int usable_cpus() {
   return std::max(1, cpus);
 }
 
-// The CPUs on which a region's threads began. A worker woken from sleep often starts on the CPU of the thread that woke it, and
-// Linux lets the two share it for milliseconds while another CPU idles: longer than many a region lasts.
-class UsedCpus {
+// Where workers wake up. Linux may start a thread on the CPU of the one that woke it and let the two share it for milliseconds
+// while another CPU idles: longer than many a region lasts. So workers keep off the CPU that regions are called from.
+class WorkerPlacement {
  public:
 #if defined(__linux__)
-  UsedCpus() { CPU_ZERO(&used_); }
-
-  /// Called by every thread of the region, one at a time: true when another is on its CPU already.
-  bool add_this_thread() {
-    const int cpu = sched_getcpu();
-    if (cpu < 0 || cpu >= CPU_SETSIZE) return false;
-    const bool is_shared = CPU_ISSET(cpu, &used_);
-    CPU_SET(cpu, &used_);
-    return is_shared;
+  void add_this_worker() {
+    workers_.push_back(static_cast<pid_t>(syscall(SYS_gettid)));
+    avoided_cpu_ = -1;
   }
 
-  /// Moves this thread to a CPU that is not used, if it may run on one. Where it may run stays as it was.
-  void move_this_thread() const {
-    cpu_set_t allowed;
-    cpu_set_t free;
-    if (sched_getaffinity(0, sizeof(allowed), &allowed) != 0) return;
-    CPU_XOR(&free, &allowed, &used_);
-    CPU_AND(&free, &free, &allowed);
-    if (CPU_COUNT(&free) == 0 || sched_setaffinity(0, sizeof(free), &free) != 0) return;
-    sched_setaffinity(0, sizeof(allowed), &allowed);
+  /// While all workers sleep. System calls only when the caller is on another CPU than last time.
+  void avoid_this_cpu() {
+    const int cpu = sched_getcpu();
+    if (cpu == avoided_cpu_ || cpu < 0 || cpu >= CPU_SETSIZE) return;
+    cpu_set_t cpus;
+    if (sched_getaffinity(0, sizeof(cpus), &cpus) != 0) return;
+    CPU_CLR(cpu, &cpus);
+    if (CPU_COUNT(&cpus) < static_cast<int>(workers_.size())) return;
+    for (const pid_t worker : workers_) sched_setaffinity(worker, sizeof(cpus), &cpus);
+    avoided_cpu_ = cpu;
   }
 
  private:
-  cpu_set_t used_;
+  std::vector<pid_t> workers_;
+  int avoided_cpu_ = -1;
 #else
-  bool add_this_thread() { return false; }
-  void move_this_thread() const {}
+  void add_this_worker() {}
+  void avoid_this_cpu() {}
 #endif
 };
 
@@ -89,7 +88,6 @@ struct Region {
   std::atomic<std::int64_t> next_task{0};
   int next_slot = 1;       // slot 0 is the caller's; guarded by the pool's mutex
   int workers_inside = 0;  // guarded by the pool's mutex
-  UsedCpus cpus;           // guarded by the pool's mutex
   Region* next_region = nullptr;
   std::mutex failure_mutex{};
   std::exception_ptr failure{};  // the first
@@ -113,7 +111,7 @@ class Pool {
   void run(Region& region) {
     {
       std::lock_guard lock(mutex_);
-      region.cpus.add_this_thread();
+      if (!regions_) placement_.avoid_this_cpu();
       region.next_region = regions_;
       regions_ = &region;
       const auto helpers = static_cast<int>(std::min<std::int64_t>(region.max_slots, region.count) - 1);
@@ -141,15 +139,13 @@ class Pool {
 
   [[noreturn]] void serve() {
     std::unique_lock lock(mutex_);
+    placement_.add_this_worker();
     for (;;) {
       Region* region = nullptr;
       wake_workers_.wait(lock, [&] { return (region = open_region()) != nullptr; });
       const int slot = region->next_slot++;
       ++region->workers_inside;
-      const bool shares_cpu = region->cpus.add_this_thread();
-      const UsedCpus cpus = region->cpus;
       lock.unlock();
-      if (shares_cpu) cpus.move_this_thread();
       region->work(slot);
       lock.lock();
       if (--region->workers_inside == 0) region_left_.notify_all();
@@ -161,6 +157,7 @@ class Pool {
   std::condition_variable region_left_;
   Region* regions_ = nullptr;
   int workers_ = 0;
+  WorkerPlacement placement_;
 };
 
 // Never destroyed: workers may outlive static destructors. A forked child has no workers and perhaps a locked mutex: it starts
