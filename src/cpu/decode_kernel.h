@@ -124,6 +124,19 @@ FA_INLINE void prefetch_rows(const KeyTensor& source, const KeySlots& keys, int 
   }
 }
 
+// float32: only the first lines of the tokens that are read next. Theirs are new pages of memory, which nobody but us can
+// announce: the processor's own prefetcher stops at the end of each. 3 to 4 % of the time; 16-bit caches gain nothing.
+template <DType dtype>
+FA_INLINE void touch_rows(const KeyTensor& source, const KeySlots& keys, int begin, int count, std::int32_t head) {
+  if constexpr (dtype != DType::float32) return;
+  constexpr int cache_line = 64;
+  const int bytes = min_of(8 * cache_line, row_bytes<dtype>(source.dim));
+  for (int key = begin; key < min_of(begin + count, keys.count); ++key) {
+    const char* row = first_element(source, keys.slots[key], head);
+    for (int byte = 0; byte < bytes; byte += cache_line) __builtin_prefetch(row + byte);
+  }
+}
+
 template <DType k_dtype, DType v_dtype>
 inline void score_block(const DecodePass& pass, const Unit& unit, const KeySlots& keys, DecodeState& state) {
   const AttentionProblem& problem = *pass.problem;
@@ -137,6 +150,13 @@ inline void score_block(const DecodePass& pass, const Unit& unit, const KeySlots
         KeyRow<dtype> key_rows[walk_keys];
         for (int i = 0; i < walk_keys; ++i) key_rows[i] = KeyRow<dtype>(source, keys.slots[key + i], unit.kv_head + head);
         prefetch_rows<v_dtype>(v, keys, key, walk_keys, unit.kv_head + head);
+        if (head == unit.kv_heads / 2) {
+          if (key + walk_keys < keys.count) {
+            touch_rows<dtype>(source, keys, key + walk_keys, walk_keys, unit.kv_head);
+          } else {
+            touch_rows<v_dtype>(v, keys, 0, value_walk, unit.kv_head);
+          }
+        }
         for_each_row_tile(rows, [&](int tile, auto count) {
           const int row = head * rows + tile;
           dots<dtype, count>(key_rows, q + row * q_stride, q_stride, source.dim, scale, add,
@@ -192,6 +212,13 @@ inline void value_block(const DecodePass& pass, const Unit& unit, const KeySlots
       KeyRow<v_dtype> value_rows[value_walk];
       for (int i = 0; i < count; ++i) value_rows[i] = KeyRow<v_dtype>(v, keys.slots[key + i], unit.kv_head + head);
       prefetch_rows<k_dtype>(k, next, key, value_walk, unit.kv_head + head);
+      if (head == unit.kv_heads / 2) {
+        if (key + value_walk < keys.count) {
+          touch_rows<v_dtype>(v, keys, key + value_walk, value_walk, unit.kv_head);
+        } else {
+          touch_rows<k_dtype>(k, next, 0, walk_keys, unit.kv_head);
+        }
+      }
       for_each_row_tile(rows, [&](int tile, auto tile_count) {
         const int row = head * rows + tile;
         add_values<v_dtype, tile_count>(value_rows, count, state.scores + key * state.sizes.score_stride + row,
