@@ -15,8 +15,8 @@ from address_space import find_clang
 
 Rule = Callable[[str], Iterator[str]]
 
-# MLX builds a text for every node and hashes it at every evaluation: 13 us at this size, of which launches that are made once for
-# a shape save most.
+# MLX builds a text for every node and hashes it at every evaluation: 13 us at this size, most of which launches that are made
+# once for a shape save.
 MOST_BYTES = 48 * 1024
 MOST_BUFFERS = 31
 
