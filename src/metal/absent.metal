@@ -1,15 +1,17 @@
 // The arrays that a call may lack, under their names all the same: what is not there is an Absent, which functions overload.
 #pragma once
 
+#include "semantics/portable.h"
+
 namespace flash_attn {
 
 struct Absent {};
 
 template <class Array>
-METAL_FUNC int entry_or(Array array, int i, int) {
+FA_FN int entry_or(Array array, int i, int) {
   return array[i];
 }
-METAL_FUNC int entry_or(Absent, int, int otherwise) { return otherwise; }
+FA_FN int entry_or(Absent, int, int otherwise) { return otherwise; }
 
 }  // namespace flash_attn
 

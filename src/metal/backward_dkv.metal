@@ -19,8 +19,8 @@ namespace flash_attn {
 
 static_assert(FA_BK * FA_SPLIT_D == FA_SIMDGROUPS * fragment_size, "a simdgroup has eight keys");
 
-constant constexpr int row_tiles = FA_BQ / fragment_size;
-constant constexpr int parts_size = FA_SPLIT_D > 1 ? FA_SIMDGROUPS * row_tiles * part_size : 1;
+FA_CONSTANT int row_tiles = FA_BQ / fragment_size;
+FA_CONSTANT int parts_size = FA_SPLIT_D > 1 ? FA_SIMDGROUPS * row_tiles * part_size : 1;
 
 struct RowRange {
   int begin;
@@ -28,7 +28,7 @@ struct RowRange {
 };
 
 /// Packed rows outside see none of `keys`. Both ends of what a query sees never move left from one query to the next.
-METAL_FUNC RowRange rows_that_see(MaskRule rule, KeyRange keys) {
+FA_FN RowRange rows_that_see(MaskRule rule, KeyRange keys) {
   int begin = 0;
   for (int high = rule.seqlen_q; begin < high;) {
     const int query = (begin + high) / 2;
@@ -51,7 +51,7 @@ METAL_FUNC RowRange rows_that_see(MaskRule rule, KeyRange keys) {
 }
 
 /// Whether one of eight packed rows from `first` on sees one of eight keys.
-METAL_FUNC bool sees_keys(MaskRule rule, int first, int end, int key) {
+FA_FN bool sees_keys(MaskRule rule, int first, int end, int key) {
   return sees(seen_keys(rule, first, min_of(first + fragment_size, end)).some, key, key + fragment_size);
 }
 
@@ -61,7 +61,7 @@ struct BlockRows {
   threadgroup float* delta;
   threadgroup int* keys;  // begin and end of what each sees
 
-  METAL_FUNC GradientRow row(int i, ScoreRow score) const thread {
+  FA_FN GradientRow row(int i, ScoreRow score) const thread {
     score.keys = {keys[2 * i], keys[2 * i + 1]};
     return {score, lse_log2[i], delta[i]};
   }
@@ -69,7 +69,7 @@ struct BlockRows {
 
 /// Packed rows from `first` on; those from `end` on see nothing.
 template <class Lse, class Delta>
-METAL_FUNC void load_block_rows(
+FA_FN void load_block_rows(
     BlockRows block, const device int* params, Sequence sequence, int kv_head, int first, int end, Lse lse, Delta delta,
     uint thread_index) {
   for (int i = int(thread_index); i < FA_BQ; i += threads) {
@@ -84,15 +84,15 @@ METAL_FUNC void load_block_rows(
   }
 }
 
-METAL_FUNC void load_dropout(Absent, const device int*, Sequence, int, int, int, int, Absent, uint, uint, LanePlace) {}
-METAL_FUNC KeepsAll stored_dropout(Absent, const device int*, short, uint) { return {}; }
+FA_FN void load_dropout(Absent, const device int*, Sequence, int, int, int, int, Absent, uint, uint, LanePlace) {}
+FA_FN KeepsAll stored_dropout(Absent, const device int*, short, uint) { return {}; }
 
 #ifdef FA_DROPOUT
 static_assert(32 % FA_BK == 0, "one call of Philox serves a block");
 
 /// Of packed rows from `first` on. A call serves all simdgroups' keys, so each makes those of its share of the rows.
 template <class Key>
-METAL_FUNC void load_dropout(
+FA_FN void load_dropout(
     threadgroup uint* kept, const device int* params, Sequence sequence, int kv_head, int first, int end, int key, Key philox_key,
     uint simdgroup, uint lane, LanePlace place) {
   for (int t = int(simdgroup); t < row_tiles; t += FA_SIMDGROUPS) {
@@ -102,7 +102,7 @@ METAL_FUNC void load_dropout(
   }
 }
 
-METAL_FUNC Dropout stored_dropout(const threadgroup uint* kept, const device int* params, short tile, uint lane) {
+FA_FN Dropout stored_dropout(const threadgroup uint* kept, const device int* params, short tile, uint lane) {
   return {kept[tile * 32 + int(lane)], dropout_scale(params)};
 }
 #endif
@@ -116,22 +116,22 @@ struct QueryRows {
   int first;
   BlockRows block;
 
-  METAL_FUNC bool has(int i) const thread { return block.lse_log2[i] != infinity; }
-  METAL_FUNC Pointer row(int i) const thread {
+  FA_FN bool has(int i) const thread { return block.lse_log2[i] != infinity; }
+  FA_FN Pointer row(int i) const thread {
     const QueryRow row = query_of_row(first + i, kv_head);
     return query_0 + strides.offset(0, row.query, row.head);
   }
 };
 
 template <class Pointer>
-METAL_FUNC QueryRows<Pointer> query_rows(
+FA_FN QueryRows<Pointer> query_rows(
     Pointer tensor, RowStrides strides, Sequence sequence, int kv_head, int first, BlockRows block) {
   return {tensor + strides.offset(sequence.batch, sequence.q.begin, 0), strides, kv_head, first, block};
 }
 
 /// Eight rows as columns: head dims from `first` on, zeros past the last and in rows that it has not.
 template <int columns, class Rows>
-METAL_FUNC void load_transposed(thread Tile<columns, FA_T>& tile, Rows rows, int first, int dims, LanePlace place) {
+FA_FN void load_transposed(thread Tile<columns, FA_T>& tile, Rows rows, int first, int dims, LanePlace place) {
   FA_UNROLL
   for (short i = 0; i < 2; ++i) {
     const bool is_there = rows.has(place.column + i);
@@ -146,7 +146,7 @@ METAL_FUNC void load_transposed(thread Tile<columns, FA_T>& tile, Rows rows, int
 
 /// A B of eight stored rows and eight columns in registers.
 template <int columns>
-METAL_FUNC Fragment<float> product_ab(
+FA_FN Fragment<float> product_ab(
     ConstStoredRows a, int pitch_of_a, thread const Tile<columns, FA_T>& b, LanePlace place) {
   Fragment<float> sum = Fragment<float>(0.0f);
   FA_UNROLL
@@ -158,7 +158,7 @@ METAL_FUNC Fragment<float> product_ab(
 
 /// C += A^T B of eight stored rows and eight rows of B, eight columns wide: C [dims][8].
 template <int columns>
-METAL_FUNC void accumulate_atb(
+FA_FN void accumulate_atb(
     thread Tile<columns>& c, ConstStoredRows a, int pitch_of_a, Fragment<float> b, LanePlace place) {
   FA_UNROLL
   for (short d = 0; d < columns; ++d) {
@@ -167,7 +167,7 @@ METAL_FUNC void accumulate_atb(
 }
 
 /// Offset of a row of k's slot in a contiguous tensor [batch, rows, heads, dim] or [rows, heads, dim].
-METAL_FUNC long key_offset(const device int* params, int batch, int row, int kv_head, int dim) {
+FA_FN long key_offset(const device int* params, int batch, int row, int kv_head, int dim) {
 #ifdef FA_VARLEN
   const long place = row;
 #else
@@ -178,7 +178,7 @@ METAL_FUNC long key_offset(const device int* params, int batch, int row, int kv_
 
 /// This lane's elements of a transposed gradient: head dims from `first_dim` on of the keys in its columns.
 template <int dims, int columns, class Pointer>
-METAL_FUNC void store_key_gradient(
+FA_FN void store_key_gradient(
     Pointer to, const device int* params, Sequence sequence, int kv_head, int key, int first_dim,
     thread const Tile<columns>& gradient, float scale, LanePlace place) {
   FA_UNROLL
@@ -196,7 +196,7 @@ METAL_FUNC void store_key_gradient(
 
 /// Rows of the slot that belong to no sequence, every so many from `first` on.
 template <int dims, class Pointer>
-METAL_FUNC void zero_unused_keys(
+FA_FN void zero_unused_keys(
     Pointer to, const device int* params, Sequence sequence, int kv_head, int first, int step, uint thread_index) {
   for (int i = first; i < unused_rows(sequence.k); i += step) {
     const Pointer row = to + key_offset(params, sequence.batch, unused_row(sequence.k, i), kv_head, dims);

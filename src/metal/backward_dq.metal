@@ -14,14 +14,14 @@
 namespace flash_attn {
 
 #ifdef FA_ATTN_MASK
-constant constexpr bool has_attn_mask = true;
+FA_CONSTANT bool has_attn_mask = true;
 #else
-constant constexpr bool has_attn_mask = false;
+FA_CONSTANT bool has_attn_mask = false;
 #endif
 
 /// Keys of infinities and NaN as 0. What they make of rows that see them is in those rows' dS; the others must not meet them as
 /// 0 * NaN.
-METAL_FUNC void drop_non_finite(StoredRows keys, uint thread_index) {
+FA_FN void drop_non_finite(StoredRows keys, uint thread_index) {
   constexpr int elements = 2 * stored_dims(FA_D);  // of a pair
   for (int i = int(thread_index); i < FA_BK / 2 * elements; i += threads) {
     const int place = i / elements * pair_pitch + i % elements;
@@ -30,7 +30,7 @@ METAL_FUNC void drop_non_finite(StoredRows keys, uint thread_index) {
 }
 
 /// dQ += dS K of eight keys that are stored in pairs.
-METAL_FUNC void accumulate_query_gradient(
+FA_FN void accumulate_query_gradient(
     thread Tile<dim_tiles>& dq, Fragment<float> ds, ConstStoredRows k, LanePlace place) {
   const ConstStoredRows key = k + place.row / 2 * pair_pitch + place.row % 2 + 2 * place.column;
   FA_UNROLL
@@ -42,7 +42,7 @@ METAL_FUNC void accumulate_query_gradient(
 
 /// Head dims from `first` on of one row.
 template <class Pointer>
-METAL_FUNC void store_query_gradient(
+FA_FN void store_query_gradient(
     Pointer to, thread const Tile<dim_tiles>& dq, int first, float scale, LanePlace place) {
   FA_UNROLL
   for (short d = 0; d < dim_tiles; ++d) {
@@ -56,7 +56,7 @@ METAL_FUNC void store_query_gradient(
 
 /// Rows of the slot that belong to no sequence, every so many from `first` on.
 template <class Pointer>
-METAL_FUNC void zero_unused_queries(
+FA_FN void zero_unused_queries(
     Pointer to, const device int* params, Sequence sequence, int kv_head, int first, int step, uint thread_index) {
   for (int i = first; i < unused_rows(sequence.q); i += step) {
     const Pointer row = to + out_offset(params, sequence.batch, unused_row(sequence.q, i), kv_head * FA_GROUP, FA_D);

@@ -10,7 +10,7 @@
 
 namespace flash_attn {
 
-constant constexpr int lane_dims = (FA_DV + 31) / 32;  // head dims of a lane, 32 apart
+FA_CONSTANT int lane_dims = (FA_DV + 31) / 32;  // head dims of a lane, 32 apart
 
 }  // namespace flash_attn
 

@@ -24,17 +24,17 @@ namespace flash_attn {
 
 static_assert(FA_SIMDGROUPS % FA_SPLIT_D == 0, "as many simdgroups for every part of the head dims");
 
-constant constexpr int row_tiles = FA_BQ / fragment_size;
-constant constexpr int key_tiles = FA_BK / fragment_size;
-constant constexpr int turns = FA_SIMDGROUPS / FA_SPLIT_D;  // simdgroups that take tiles of keys by turns
+FA_CONSTANT int row_tiles = FA_BQ / fragment_size;
+FA_CONSTANT int key_tiles = FA_BK / fragment_size;
+FA_CONSTANT int turns = FA_SIMDGROUPS / FA_SPLIT_D;  // simdgroups that take tiles of keys by turns
 
 // Blocks of head dims whose fragments are dealt together, of one simdgroup.
-constant constexpr int key_block = 8 * key_run;
-constant constexpr int value_block = 4 * key_run;
-constant constexpr int key_blocks = ((FA_D + key_block - 1) / key_block + FA_SPLIT_D - 1) / FA_SPLIT_D;
-constant constexpr int value_blocks = ((FA_DV + value_block - 1) / value_block + FA_SPLIT_D - 1) / FA_SPLIT_D;
-constant constexpr int dim_tiles = 8 * key_blocks;
-constant constexpr int value_tiles = 4 * value_blocks;
+FA_CONSTANT int key_block = 8 * key_run;
+FA_CONSTANT int value_block = 4 * key_run;
+FA_CONSTANT int key_blocks = ((FA_D + key_block - 1) / key_block + FA_SPLIT_D - 1) / FA_SPLIT_D;
+FA_CONSTANT int value_blocks = ((FA_DV + value_block - 1) / value_block + FA_SPLIT_D - 1) / FA_SPLIT_D;
+FA_CONSTANT int dim_tiles = 8 * key_blocks;
+FA_CONSTANT int value_tiles = 4 * value_blocks;
 
 #ifdef FA_SPLITS
 using Result = float;
@@ -47,16 +47,16 @@ using Queries = Tile<dim_tiles, FA_T>;
 using Outputs = Tile<value_tiles>;
 
 // What simdgroups tell each other: parts of S, at the end parts of O.
-constant constexpr int score_memory = FA_SPLIT_D > 1 ? FA_SIMDGROUPS * row_tiles * key_tiles * 64 : 1;
-constant constexpr int output_memory = turns > 1 ? FA_SPLIT_D * row_tiles * value_tiles * 64 : 1;
-constant constexpr int softmax_memory = turns > 1 ? turns * FA_BQ * 2 : 1;
-constant constexpr int shared_memory = score_memory > output_memory ? score_memory : output_memory;
+FA_CONSTANT int score_memory = FA_SPLIT_D > 1 ? FA_SIMDGROUPS * row_tiles * key_tiles * 64 : 1;
+FA_CONSTANT int output_memory = turns > 1 ? FA_SPLIT_D * row_tiles * value_tiles * 64 : 1;
+FA_CONSTANT int softmax_memory = turns > 1 ? turns * FA_BQ * 2 : 1;
+FA_CONSTANT int shared_memory = score_memory > output_memory ? score_memory : output_memory;
 
 // ---- Q
 
 /// Head dims from dim_begin on, dealt as K's are.
 template <class Pointer>
-METAL_FUNC void load_query(thread Queries& q, Pointer row, int dim_begin, LanePlace place) {
+FA_FN void load_query(thread Queries& q, Pointer row, int dim_begin, LanePlace place) {
   FA_UNROLL
   for (short i = 0; i < dim_tiles; ++i) {
     const int dim = dim_begin + i / 8 * key_block + place.column * key_run + i % 8;
@@ -68,13 +68,13 @@ METAL_FUNC void load_query(thread Queries& q, Pointer row, int dim_begin, LanePl
 
 /// Where key + i of eight keys is, `first` as in slot_near; missing where it is not needed.
 template <class Keys>
-METAL_FUNC KeySlot needed_slot(Keys keys, KeySlot first, int key, int i, KeyRange needed) {
+FA_FN KeySlot needed_slot(Keys keys, KeySlot first, int key, int i, KeyRange needed) {
   if (!contains(needed, key + i, key + i + 1)) return {-1, 0};
   return keys.slot_near(first, key, i);
 }
 
 template <int codes, int dims, class Tensor>
-METAL_FUNC Run<KeyElement<codes>, key_run> run_or_zero(Tensor tensor, KeySlot slot, int head, int dim) {
+FA_FN Run<KeyElement<codes>, key_run> run_or_zero(Tensor tensor, KeySlot slot, int head, int dim) {
   Run<KeyElement<codes>, key_run> run;
   run.fill(0.0f);
   if (slot.exists() && dim < dims) run = tensor.run(slot, head, dim);
@@ -83,7 +83,7 @@ METAL_FUNC Run<KeyElement<codes>, key_run> run_or_zero(Tensor tensor, KeySlot sl
 
 /// S = Q K^T of the keys of `needed`. Returns which of this lane's scores belong to a key that exists, a bit each.
 template <class Keys, class Tensor>
-METAL_FUNC uint multiply_by_keys(
+FA_FN uint multiply_by_keys(
     thread Scores (&s)[row_tiles], thread const Queries (&q)[row_tiles], Keys keys, Tensor tensor, int head, int dim_begin, int key,
     KeyRange needed, LanePlace place) {
   uint existing = 0u;
@@ -115,13 +115,13 @@ METAL_FUNC uint multiply_by_keys(
 struct Values {
   Run<KeyElement<FA_V_CODES>, key_run> blocks[value_blocks];
 
-  METAL_FUNC Fragment<KeyElement<FA_V_CODES>> fragment(short i) const thread {
+  FA_FN Fragment<KeyElement<FA_V_CODES>> fragment(short i) const thread {
     return Fragment<KeyElement<FA_V_CODES>>(blocks[i / 4].values[i % 4 * 2], blocks[i / 4].values[i % 4 * 2 + 1]);
   }
 };
 
 template <class Keys, class Tensor>
-METAL_FUNC Values load_values(
+FA_FN Values load_values(
     Keys keys, Tensor tensor, int head, int dim_begin, int key, KeyRange needed, LanePlace place) {
   Values values;
   const KeySlot slot = needed_slot(keys, keys.slot(key), key, place.row, needed);
@@ -134,7 +134,7 @@ METAL_FUNC Values load_values(
 }
 
 /// O += P V of eight keys.
-METAL_FUNC void multiply_by_values(
+FA_FN void multiply_by_values(
     thread Outputs (&o)[row_tiles], thread const Scores (&p)[row_tiles], short j, thread const Values& values) {
   FA_UNROLL
   for (short d = 0; d < value_tiles; ++d) {
@@ -148,7 +148,7 @@ METAL_FUNC void multiply_by_values(
 
 /// Qv^T, dealt as V's dims are.
 template <class Pointer>
-METAL_FUNC void load_value_query(
+FA_FN void load_value_query(
     thread Tile<value_tiles, FA_T>& q, Pointer even_row, Pointer odd_row, int dim_begin, LanePlace place) {
   FA_UNROLL
   for (short i = 0; i < value_tiles; ++i) {
@@ -158,11 +158,11 @@ METAL_FUNC void load_value_query(
   }
 }
 
-METAL_FUNC ushort lane_of_place(short row, short column) {
+FA_FN ushort lane_of_place(short row, short column) {
   return ushort((row & 4) * 4 + (column & 4) * 2 + (row & 3) * 2 + (column & 2) / 2);
 }
 
-METAL_FUNC Fragment<float> transposed(Fragment<float> x, LanePlace place) {
+FA_FN Fragment<float> transposed(Fragment<float> x, LanePlace place) {
   const ushort even = lane_of_place(place.column, place.row);
   const ushort odd = lane_of_place(place.column + 1, place.row);
   const auto from_even = Fragment<float>(metal::simd_shuffle(x.x, even), metal::simd_shuffle(x.y, even));
@@ -170,7 +170,7 @@ METAL_FUNC Fragment<float> transposed(Fragment<float> x, LanePlace place) {
   return place.row % 2 == 0 ? Fragment<float>(from_even.x, from_odd.x) : Fragment<float>(from_even.y, from_odd.y);
 }
 
-METAL_FUNC void score_values(
+FA_FN void score_values(
     thread Scores (&s)[row_tiles], short j, thread const Tile<value_tiles, FA_T> (&q)[row_tiles],
     thread const Values& values, LanePlace place) {
   FA_UNROLL
@@ -187,7 +187,7 @@ METAL_FUNC void score_values(
 
 /// `edge`: the row may not see all of the keys from `key` on.
 template <class Mask>
-METAL_FUNC void finish_scores(
+FA_FN void finish_scores(
     thread Scores& s, ScoreScale scale, ScoreRow row, int key, uint existing, bool edge, LanePlace place, Mask mask) {
   FA_UNROLL
   for (short j = 0; j < key_tiles; ++j) {
@@ -203,12 +203,12 @@ METAL_FUNC void finish_scores(
   }
 }
 
-METAL_FUNC void drop(thread Scores&, ScoreRow, int, LanePlace, const device int*, Absent) {}
+FA_FN void drop(thread Scores&, ScoreRow, int, LanePlace, const device int*, Absent) {}
 
 #ifdef FA_DROPOUT
 /// Element by element: tiles begin at any key.
 template <class Key>
-METAL_FUNC void drop(thread Scores& p, ScoreRow row, int key, LanePlace place, const device int* params, Key philox_key) {
+FA_FN void drop(thread Scores& p, ScoreRow row, int key, LanePlace place, const device int* params, Key philox_key) {
   const uint keep_24 = uint(params[param_dropout_keep_24]);
   FA_UNROLL
   for (short j = 0; j < key_tiles; ++j) {
@@ -224,10 +224,10 @@ METAL_FUNC void drop(thread Scores& p, ScoreRow row, int key, LanePlace place, c
 
 // ---- simdgroups among each other. What a lane has, the same lane of another simdgroup takes.
 
-METAL_FUNC int place_in_memory(int tile, uint lane) { return tile * 64 + int(lane) * 2; }
+FA_FN int place_in_memory(int tile, uint lane) { return tile * 64 + int(lane) * 2; }
 
 /// S of all parts of the head dims, in the same order everywhere. All simdgroups of the threadgroup call it.
-METAL_FUNC void add_parts(thread Scores (&s)[row_tiles], threadgroup float* memory, int turn, int part, uint lane) {
+FA_FN void add_parts(thread Scores (&s)[row_tiles], threadgroup float* memory, int turn, int part, uint lane) {
   threadgroup_barrier(metal::mem_flags::mem_threadgroup);  // the last tile's were read
   FA_UNROLL
   for (short i = 0; i < row_tiles * key_tiles; ++i) {
@@ -248,7 +248,7 @@ METAL_FUNC void add_parts(thread Scores (&s)[row_tiles], threadgroup float* memo
 }
 
 /// m and l of all turns; O is brought to the common m. All simdgroups of the threadgroup call it.
-METAL_FUNC void merge_softmax(
+FA_FN void merge_softmax(
     thread SoftmaxRow (&softmax)[row_tiles], thread Outputs (&o)[row_tiles], threadgroup float* memory, int turn, int part,
     LanePlace place, uint lane) {
   FA_UNROLL
@@ -278,7 +278,7 @@ METAL_FUNC void merge_softmax(
 }
 
 /// O of all turns, in order, ends up in the last. All simdgroups of the threadgroup call it.
-METAL_FUNC void add_outputs(thread Outputs (&o)[row_tiles], threadgroup float* memory, int turn, int part, uint lane) {
+FA_FN void add_outputs(thread Outputs (&o)[row_tiles], threadgroup float* memory, int turn, int part, uint lane) {
   for (int from = 0; from < turns; ++from) {
     if (turn == from) {
       FA_UNROLL
@@ -295,7 +295,7 @@ METAL_FUNC void add_outputs(thread Outputs (&o)[row_tiles], threadgroup float* m
 
 /// Head dims from dim_begin on.
 template <class Pointer>
-METAL_FUNC void store_output(Pointer row, thread const Outputs& o, int dim_begin, LanePlace place) {
+FA_FN void store_output(Pointer row, thread const Outputs& o, int dim_begin, LanePlace place) {
   FA_UNROLL
   for (short i = 0; i < value_tiles; ++i) {
     const int dim = dim_begin + i / 4 * value_block + place.column / 2 * key_run + i % 4 * 2;

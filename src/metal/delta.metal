@@ -6,7 +6,7 @@ namespace flash_attn {
 
 /// Of one row, by all lanes. O of a row without keys is 0: a NaN in its cotangent must not reach the gradient of a sink.
 template <class Out, class Cotangent>
-METAL_FUNC float row_dot(Out out, Cotangent dout, uint lane) {
+FA_FN float row_dot(Out out, Cotangent dout, uint lane) {
   float sum = 0.0f;
   for (int d = int(lane); d < FA_DV; d += 32) {
     const float o = float(out[d]);

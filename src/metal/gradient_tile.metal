@@ -6,7 +6,7 @@
 
 namespace flash_attn {
 
-constant constexpr float infinity = metal::numeric_limits<float>::infinity();
+FA_CONSTANT float infinity = metal::numeric_limits<float>::infinity();
 
 // A query row in the lanes that have it.
 struct GradientRow {
@@ -15,24 +15,24 @@ struct GradientRow {
   float delta;  // D
 };
 
-METAL_FUNC GradientRow gradient_row(ScoreRow score, float lse_log2, float delta) {
+FA_FN GradientRow gradient_row(ScoreRow score, float lse_log2, float delta) {
   if (lse_log2 == infinity) score.keys = {0, 0};
   return {score, lse_log2, delta};
 }
 
 /// Infinity, which makes every probability 0, where a row sees no key: by its range, or by what attn_mask left of that. What
 /// such a row holds counts as 0, for NaN may stand there.
-METAL_FUNC float lse_log2(float lse, KeyRange keys) {
+FA_FN float lse_log2(float lse, KeyRange keys) {
   return keys.begin < keys.end && lse != minus_infinity ? lse * log2_e : infinity;
 }
 
 // ---- what dropout multiplies a probability by: 0 or a factor
 
 struct KeepsAll {
-  METAL_FUNC float factor(int) const thread { return 1.0f; }
+  FA_FN float factor(int) const thread { return 1.0f; }
 };
 
-METAL_FUNC KeepsAll dropout_of(const device int*, ScoreRow, int, Absent) { return {}; }
+FA_FN KeepsAll dropout_of(const device int*, ScoreRow, int, Absent) { return {}; }
 
 #ifdef FA_DROPOUT
 // Of one row, in a run of 32 keys: those of one pair in each run of 8.
@@ -40,12 +40,12 @@ struct Dropout {
   uint kept;  // a bit each, in their order
   float scale;
 
-  METAL_FUNC float factor(int key) const thread { return (kept >> uint(key % 32 / 8 * 2 + key % 2)) % 2u == 1u ? scale : 0.0f; }
+  FA_FN float factor(int key) const thread { return (kept >> uint(key % 32 / 8 * 2 + key % 2)) % 2u == 1u ? scale : 0.0f; }
 };
 
 /// Of the pair of `key`, which is even.
 template <class Key>
-METAL_FUNC uint kept_keys(const device int* params, uint head, uint query, int key, Key philox_key) {
+FA_FN uint kept_keys(const device int* params, uint head, uint query, int key, Key philox_key) {
   const DropoutCall call = dropout_call(params, philox_key, head, query, uint(key));
   uint kept = 0u;
   FA_UNROLL
@@ -56,7 +56,7 @@ METAL_FUNC uint kept_keys(const device int* params, uint head, uint query, int k
 }
 
 template <class Key>
-METAL_FUNC Dropout dropout_of(const device int* params, ScoreRow row, int key, Key philox_key) {
+FA_FN Dropout dropout_of(const device int* params, ScoreRow row, int key, Key philox_key) {
   return {kept_keys(params, row.dropout_head, row.query, key, philox_key), dropout_scale(params)};
 }
 #endif
@@ -70,7 +70,7 @@ struct ScoreGradient {
 
 /// From q.k and dP = dO V^T of the keys `key` and `key` + 1; unless `every` row of the fragment sees every key, they are masked.
 template <class Dropout, class Mask>
-METAL_FUNC ScoreGradient score_gradient(
+FA_FN ScoreGradient score_gradient(
     Fragment<float> dot, Fragment<float> dp, GradientRow row, int key, bool every, ScoreScale scale, Dropout dropout, Mask mask) {
   ScoreGradient gradient;
   FA_UNROLL
@@ -87,7 +87,7 @@ METAL_FUNC ScoreGradient score_gradient(
 }
 
 /// dS of q.k, but for the scale.
-METAL_FUNC Fragment<float> dot_gradient(Fragment<float> ds, Fragment<float> dot, ScoreScale scale) {
+FA_FN Fragment<float> dot_gradient(Fragment<float> ds, Fragment<float> dot, ScoreScale scale) {
 #ifdef FA_SOFTCAP
   FA_UNROLL
   for (short i = 0; i < 2; ++i) {
@@ -100,11 +100,11 @@ METAL_FUNC Fragment<float> dot_gradient(Fragment<float> ds, Fragment<float> dot,
 
 // ---- FA_SPLIT_D simdgroups share tiles: each has a part of q.k and dP, lane by lane
 
-constant constexpr int part_size = 4 * 32;  // of one tile and simdgroup
+FA_CONSTANT int part_size = 4 * 32;  // of one tile and simdgroup
 
 /// Parts to sums, the same in all simdgroups that share them. Every simdgroup calls it; between two calls lies a barrier.
 template <int tiles>
-METAL_FUNC void add_parts(
+FA_FN void add_parts(
     thread Tile<tiles>& dot, thread Tile<tiles>& dp, threadgroup float* parts, uint simdgroup, uint lane) {
 #if FA_SPLIT_D > 1
   FA_UNROLL

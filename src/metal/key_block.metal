@@ -16,33 +16,33 @@ using Stored = float;  // what codes stand for is not rounded
 using Stored = FA_T;
 #endif
 
-constant constexpr int threads = FA_SIMDGROUPS * 32;
-constant constexpr int threadgroup_memory_limit = 32 * 1024;
+FA_CONSTANT int threads = FA_SIMDGROUPS * 32;
+FA_CONSTANT int threadgroup_memory_limit = 32 * 1024;
 
 // In fragments. Simdgroups that share rows have a part of the head dims each.
-constant constexpr int key_tiles = FA_BK / fragment_size;
-constant constexpr int dim_tiles = (fragments(FA_D) + FA_SPLIT_D - 1) / FA_SPLIT_D;
-constant constexpr int value_tiles = (fragments(FA_DV) + FA_SPLIT_D - 1) / FA_SPLIT_D;
+FA_CONSTANT int key_tiles = FA_BK / fragment_size;
+FA_CONSTANT int dim_tiles = (fragments(FA_D) + FA_SPLIT_D - 1) / FA_SPLIT_D;
+FA_CONSTANT int value_tiles = (fragments(FA_DV) + FA_SPLIT_D - 1) / FA_SPLIT_D;
 
-constant constexpr int stored_dims = dim_tiles * FA_SPLIT_D * fragment_size;
-constant constexpr int stored_value_dims = value_tiles * FA_SPLIT_D * fragment_size;
-constant constexpr int key_pitch = 2 * stored_dims + (stored_dims / fragment_size % 2 == 0 ? 16 : 0);
-constant constexpr int value_pitch = stored_value_dims + 16 / int(sizeof(Stored));
-constant constexpr int key_block_size = FA_BK / 2 * key_pitch;
-constant constexpr int value_block_size = FA_BK * value_pitch;
+FA_CONSTANT int stored_dims = dim_tiles * FA_SPLIT_D * fragment_size;
+FA_CONSTANT int stored_value_dims = value_tiles * FA_SPLIT_D * fragment_size;
+FA_CONSTANT int key_pitch = 2 * stored_dims + (stored_dims / fragment_size % 2 == 0 ? 16 : 0);
+FA_CONSTANT int value_pitch = stored_value_dims + 16 / int(sizeof(Stored));
+FA_CONSTANT int key_block_size = FA_BK / 2 * key_pitch;
+FA_CONSTANT int value_block_size = FA_BK * value_pitch;
 
 // One memory for both where two do not fit beside what simdgroups tell each other.
-constant constexpr int partial_scores_size = FA_SPLIT_D > 1 ? FA_SIMDGROUPS * fragment_size * FA_BK : 1;
-constant constexpr bool shares_memory =
+FA_CONSTANT int partial_scores_size = FA_SPLIT_D > 1 ? FA_SIMDGROUPS * fragment_size * FA_BK : 1;
+FA_CONSTANT bool shares_memory =
     (key_block_size + value_block_size) * int(sizeof(Stored)) + partial_scores_size * 4 > threadgroup_memory_limit;
 #ifdef FA_QV
-constant constexpr bool scores_values = true;
+FA_CONSTANT bool scores_values = true;
 #else
-constant constexpr bool scores_values = false;
+FA_CONSTANT bool scores_values = false;
 #endif
 static_assert(!(shares_memory && scores_values), "with qv, K and V are needed at once");
-constant constexpr int key_memory_size = shares_memory && value_block_size > key_block_size ? value_block_size : key_block_size;
-constant constexpr int value_memory_size = shares_memory ? 1 : value_block_size;
+FA_CONSTANT int key_memory_size = shares_memory && value_block_size > key_block_size ? value_block_size : key_block_size;
+FA_CONSTANT int value_memory_size = shares_memory ? 1 : value_block_size;
 
 // Where a kv head's K or V come from.
 template <class Keys, class Tensor>
@@ -52,7 +52,7 @@ struct KeyRows {
   int kv_head;
 
   /// Head dims of `key` from `dim` on; zeros unless it is `needed`: NaN may stand in other keys.
-  METAL_FUNC Run<Stored, key_run> run(int key, int dim, KeyRange needed) const thread {
+  FA_FN Run<Stored, key_run> run(int key, int dim, KeyRange needed) const thread {
     Run<Stored, key_run> run = {};
     if (!contains(needed, key, key + 1)) return run;
     const KeySlot slot = keys.slot(key);
@@ -62,14 +62,14 @@ struct KeyRows {
 };
 
 template <class Keys, class Tensor>
-METAL_FUNC KeyRows<Keys, Tensor> key_rows(Keys keys, Tensor tensor, int kv_head) {
+FA_FN KeyRows<Keys, Tensor> key_rows(Keys keys, Tensor tensor, int kv_head) {
   return {keys, tensor, kv_head};
 }
 
 // ---- loads: runs of head dims are dealt to all threads, as many whole rows a turn as there are threads for
 
-METAL_FUNC constexpr int rows_a_turn(int dims) { return threads / (dims / key_run); }
-METAL_FUNC constexpr int turns_of(int rows, int dims) { return (rows + rows_a_turn(dims) - 1) / rows_a_turn(dims); }
+FA_FN constexpr int rows_a_turn(int dims) { return threads / (dims / key_run); }
+FA_FN constexpr int turns_of(int rows, int dims) { return (rows + rows_a_turn(dims) - 1) / rows_a_turn(dims); }
 
 // The run of this thread in its first turn.
 struct DealtRun {
@@ -77,26 +77,26 @@ struct DealtRun {
   int dim;
 };
 
-METAL_FUNC DealtRun dealt_run(int dims, uint thread_index) {
+FA_FN DealtRun dealt_run(int dims, uint thread_index) {
   const int runs = dims / key_run;
   return {int(thread_index) / runs, int(thread_index) % runs * key_run};
 }
 
-constant constexpr int no_key = -2;  // nor is the next
+FA_CONSTANT int no_key = -2;  // nor is the next
 
 /// Whether there is a row for the thread in this turn.
 template <int rows, int dims>
-METAL_FUNC bool is_dealt(DealtRun first, int turn) {
+FA_FN bool is_dealt(DealtRun first, int turn) {
   constexpr int rows_of_turn = rows_a_turn(dims);
   if (rows % rows_of_turn == 0 && threads % (dims / key_run) == 0) return true;
   return first.row < rows_of_turn && first.row + turn * rows_of_turn < rows;
 }
 
-constant constexpr int key_turns = turns_of(FA_BK / 2, stored_dims);  // of two keys a thread
-constant constexpr int value_turns = turns_of(FA_BK, stored_value_dims);
+FA_CONSTANT int key_turns = turns_of(FA_BK / 2, stored_dims);  // of two keys a thread
+FA_CONSTANT int value_turns = turns_of(FA_BK, stored_value_dims);
 
 // A load is asked for before other work and stored after it, unless Q and O leave no registers for that.
-constant constexpr bool loads_early = dim_tiles + value_tiles <= 16 && sizeof(Stored) == 2;
+FA_CONSTANT bool loads_early = dim_tiles + value_tiles <= 16 && sizeof(Stored) == 2;
 
 // Of keys [key, key + FA_BK), of which the block's rows see those that are `needed`.
 struct KeyLoad {
@@ -104,7 +104,7 @@ struct KeyLoad {
   Run<Stored, key_run> odd[key_turns];
 
   template <class Rows>
-  METAL_FUNC void load(Rows rows, int key, KeyRange needed, uint thread_index) thread {
+  FA_FN void load(Rows rows, int key, KeyRange needed, uint thread_index) thread {
     const DealtRun run = dealt_run(stored_dims, thread_index);
     FA_UNROLL
     for (short turn = 0; turn < key_turns; ++turn) {
@@ -115,7 +115,7 @@ struct KeyLoad {
     }
   }
 
-  METAL_FUNC void store(threadgroup Stored* k, uint thread_index) const thread {
+  FA_FN void store(threadgroup Stored* k, uint thread_index) const thread {
     const DealtRun run = dealt_run(stored_dims, thread_index);
     threadgroup Stored* to = k + run.row * key_pitch + 2 * run.dim;
     FA_UNROLL
@@ -134,7 +134,7 @@ struct ValueLoad {
   Run<Stored, key_run> runs[value_turns];
 
   template <class Rows>
-  METAL_FUNC void load(Rows rows, int key, KeyRange needed, uint thread_index) thread {
+  FA_FN void load(Rows rows, int key, KeyRange needed, uint thread_index) thread {
     const DealtRun run = dealt_run(stored_value_dims, thread_index);
     FA_UNROLL
     for (short turn = 0; turn < value_turns; ++turn) {
@@ -143,7 +143,7 @@ struct ValueLoad {
     }
   }
 
-  METAL_FUNC void store(threadgroup Stored* v, uint thread_index) const thread {
+  FA_FN void store(threadgroup Stored* v, uint thread_index) const thread {
     const DealtRun run = dealt_run(stored_value_dims, thread_index);
     threadgroup Stored* to = v + run.row * value_pitch + run.dim;
     FA_UNROLL
@@ -156,13 +156,13 @@ struct ValueLoad {
 
 // ---- keys in pages that do not exist are invisible
 
-METAL_FUNC bool is_missing(Absent, int) { return false; }
-METAL_FUNC bool is_missing(const threadgroup short* missing, int i) { return missing[i] != 0; }
+FA_FN bool is_missing(Absent, int) { return false; }
+FA_FN bool is_missing(const threadgroup short* missing, int i) { return missing[i] != 0; }
 
 template <class Keys>
-METAL_FUNC void find_missing(Absent, Keys, int, KeyRange, uint) {}
+FA_FN void find_missing(Absent, Keys, int, KeyRange, uint) {}
 template <class Keys>
-METAL_FUNC void find_missing(threadgroup short* missing, Keys keys, int key, KeyRange needed, uint thread_index) {
+FA_FN void find_missing(threadgroup short* missing, Keys keys, int key, KeyRange needed, uint thread_index) {
   const int i = int(thread_index);
   if (i < FA_BK) missing[i] = contains(needed, key + i, key + i + 1) && !keys.slot(key + i).exists() ? 1 : 0;
 }
@@ -170,24 +170,24 @@ METAL_FUNC void find_missing(threadgroup short* missing, Keys keys, int key, Key
 // ---- fragments
 
 /// K^T of eight head dims and eight keys.
-METAL_FUNC Fragment<Stored> key_fragment(const threadgroup Stored* k, int dim, int key, LanePlace place) {
+FA_FN Fragment<Stored> key_fragment(const threadgroup Stored* k, int dim, int key, LanePlace place) {
   return load_fragment<Stored>(k + (key + place.column) / 2 * key_pitch + 2 * (dim + place.row), {0, 0}, 0, 1);
 }
 
 /// V of eight keys and eight head dims.
-METAL_FUNC Fragment<Stored> value_fragment(const threadgroup Stored* v, int key, int dim, LanePlace place) {
+FA_FN Fragment<Stored> value_fragment(const threadgroup Stored* v, int key, int dim, LanePlace place) {
   return load_fragment<Stored>(v + key * value_pitch + dim, place, value_pitch, 1);
 }
 
 /// ... transposed, where V is scored too.
-METAL_FUNC Fragment<Stored> transposed_value_fragment(const threadgroup Stored* v, int dim, int key, LanePlace place) {
+FA_FN Fragment<Stored> transposed_value_fragment(const threadgroup Stored* v, int dim, int key, LanePlace place) {
   return load_fragment<Stored>(v + key * value_pitch + dim, place, 1, value_pitch);
 }
 
 // ---- products
 
 /// S = Q K^T of the fragments that hold keys of `seen`.
-METAL_FUNC void multiply_by_keys(
+FA_FN void multiply_by_keys(
     thread Tile<key_tiles>& s, thread const Tile<dim_tiles, FA_T>& q, const threadgroup Stored* k, int key, KeyRange seen,
     LanePlace place) {
   FA_UNROLL
@@ -203,7 +203,7 @@ METAL_FUNC void multiply_by_keys(
 
 #ifdef FA_QV
 /// S += Qv V^T, likewise.
-METAL_FUNC void multiply_by_scored_values(
+FA_FN void multiply_by_scored_values(
     thread Tile<key_tiles>& s, thread const Tile<value_tiles, FA_T>& qv, const threadgroup Stored* v, int key, KeyRange seen,
     LanePlace place) {
   FA_UNROLL
@@ -219,7 +219,7 @@ METAL_FUNC void multiply_by_scored_values(
 #endif
 
 /// O += P V of the fragments that hold keys of `seen`.
-METAL_FUNC void multiply_by_values(
+FA_FN void multiply_by_values(
     thread Tile<value_tiles>& o, thread const Tile<key_tiles>& p, const threadgroup Stored* v, int key, KeyRange seen,
     LanePlace place) {
   FA_UNROLL

@@ -46,15 +46,15 @@ struct KeySlot {
   int row;  // batch item, row of the cache, or page; negative: a page that does not exist, whose keys are invisible
   int index;
 
-  METAL_FUNC bool exists() const thread { return row >= 0; }
+  FA_FN bool exists() const thread { return row >= 0; }
 };
 
 struct KeysOfRow {
   int row;
   int begin;  // slot of key 0
 
-  METAL_FUNC KeySlot slot(int key) const thread { return {row, begin + key}; }
-  METAL_FUNC KeySlot slot_near(KeySlot first, int, int i) const thread { return {row, first.index + i}; }
+  FA_FN KeySlot slot(int key) const thread { return {row, begin + key}; }
+  FA_FN KeySlot slot_near(KeySlot first, int, int i) const thread { return {row, first.index + i}; }
 };
 
 template <class Table>
@@ -64,37 +64,37 @@ struct KeysOfPages {
   int page_size;
   int page_count;
 
-  METAL_FUNC KeySlot slot(int key) const thread {
+  FA_FN KeySlot slot(int key) const thread {
     const PageSlot place = page_slot(begin + key, page_size);
     const int page = pages[place.entry];
     return {page_exists(page, page_count) ? page : -1, place.row};
   }
 
   /// Of key + i, i < 8, where `first` is that of `key` and begin + key a multiple of 8: mostly in the same page.
-  METAL_FUNC KeySlot slot_near(KeySlot first, int key, int i) const thread {
+  FA_FN KeySlot slot_near(KeySlot first, int key, int i) const thread {
     return page_size % 8 == 0 ? KeySlot{first.row, first.index + i} : slot(key + i);
   }
 };
 
-METAL_FUNC KeysOfRow keys_of(const device int*, Sequence sequence, Absent) {
+FA_FN KeysOfRow keys_of(const device int*, Sequence sequence, Absent) {
   return {sequence.cache_row, sequence.k.begin};
 }
 
 template <class Table>
-METAL_FUNC KeysOfPages<Table> keys_of(const device int* params, Sequence sequence, Table table) {
+FA_FN KeysOfPages<Table> keys_of(const device int* params, Sequence sequence, Table table) {
   const long row = sequence.cache_row;
   return {table + row * params[param_table_blocks], sequence.k.begin, params[param_page_size], params[param_cache_rows]};
 }
 
 // ---- what
 
-constant constexpr short key_run = 8;        // elements of a row that are read together
-constant constexpr short affine_group = 64;  // codes that share a scale and a bias
+FA_CONSTANT short key_run = 8;        // elements of a row that are read together
+FA_CONSTANT short affine_group = 64;  // codes that share a scale and a bias
 
-METAL_FUNC RowStrides key_strides(Absent) { return {0, 0, 0}; }
+FA_FN RowStrides key_strides(Absent) { return {0, 0, 0}; }
 /// From group to group of a row's codes.
 template <int codes, class Strides>
-METAL_FUNC long group_stride(Strides strides) {
+FA_FN long group_stride(Strides strides) {
   if constexpr (codes > 1) return strides[3];
   return 0;
 }
@@ -115,7 +115,7 @@ struct KeyTensor {
   long bias_group;
 
   /// Elements from d, a multiple of 8, on; past the row's end they are 0.
-  METAL_FUNC Run<KeyElement<codes>, key_run> run(KeySlot slot, int head, int d) const thread {
+  FA_FN Run<KeyElement<codes>, key_run> run(KeySlot slot, int head, int d) const thread {
     const Data row = data + strides.offset(slot.row, slot.index, head);
     Run<KeyElement<codes>, key_run> x;
     x.fill(0.0f);
@@ -148,7 +148,7 @@ struct KeyTensor {
 };
 
 template <int codes, int dims, class Data, class Strides, class Scales, class ScaleStrides, class Biases, class BiasStrides>
-METAL_FUNC KeyTensor<codes, dims, Data, Scales, Biases> key_tensor(
+FA_FN KeyTensor<codes, dims, Data, Scales, Biases> key_tensor(
     Data data, Strides strides, Scales scales, ScaleStrides scale_strides, Biases biases, BiasStrides bias_strides) {
   return {
       data,   key_strides(strides),      scales, key_strides(scale_strides), group_stride<codes>(scale_strides),

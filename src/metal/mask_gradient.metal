@@ -19,20 +19,20 @@ struct Range {
 };
 
 /// Of an axis along which the mask has `size`: a block of it, or all `count` where it is broadcast.
-METAL_FUNC Range summed_range(int size, int block, int block_size, int count) {
+FA_FN Range summed_range(int size, int block, int block_size, int count) {
   if (size == 1) return {0, count};
   return {block * block_size, min_of(block * block_size + block_size, count)};
 }
 
 /// Over the lanes that share a column of a fragment.
-METAL_FUNC float column_sum(float x) {
+FA_FN float column_sum(float x) {
   x += metal::simd_shuffle_xor(x, 2);
   x += metal::simd_shuffle_xor(x, 4);
   return x + metal::simd_shuffle_xor(x, 16);
 }
 
 /// All columns into the first.
-METAL_FUNC void add_columns(thread Tile<key_tiles>& tile) {
+FA_FN void add_columns(thread Tile<key_tiles>& tile) {
   float sum = 0.0f;
   FA_UNROLL
   for (short j = 0; j < key_tiles; ++j) sum += tile.fragment[j].x + tile.fragment[j].y;
@@ -40,7 +40,7 @@ METAL_FUNC void add_columns(thread Tile<key_tiles>& tile) {
 }
 
 /// All rows of all simdgroups into each. Every simdgroup calls it.
-METAL_FUNC void add_rows(thread Tile<key_tiles>& tile, threadgroup float* sums, uint simdgroup, LanePlace place) {
+FA_FN void add_rows(thread Tile<key_tiles>& tile, threadgroup float* sums, uint simdgroup, LanePlace place) {
   FA_UNROLL
   for (short j = 0; j < key_tiles; ++j) {
     FA_UNROLL

@@ -12,18 +12,18 @@ struct SoftmaxRow {
   float l;
 };
 
-METAL_FUNC SoftmaxRow start_softmax(Absent, int, uint) { return {lowest_score, 0.0f}; }
+FA_FN SoftmaxRow start_softmax(Absent, int, uint) { return {lowest_score, 0.0f}; }
 
 /// A sink is a key that was seen before all others, whose value is 0.
 template <class Sinks>
-METAL_FUNC SoftmaxRow start_softmax(Sinks sinks, int head, uint lane) {
+FA_FN SoftmaxRow start_softmax(Sinks sinks, int head, uint lane) {
   const float sink = sinks[head] * log2_e;
   return {metal::max(sink, lowest_score), sink > lowest_score && is_first_of_row(lane) ? 1.0f : 0.0f};
 }
 
 /// S to P; m and l go on. Returns alpha, by which O is still to be multiplied.
 template <int columns>
-METAL_FUNC float online_softmax(thread Tile<columns>& s, thread SoftmaxRow& row) {
+FA_FN float online_softmax(thread Tile<columns>& s, thread SoftmaxRow& row) {
   float highest = minus_infinity;
   FA_UNROLL
   for (short j = 0; j < columns; ++j) highest = metal::max(highest, metal::max(s.fragment[j].x, s.fragment[j].y));
@@ -45,7 +45,7 @@ struct RowEnd {
   float lse;
 };
 
-METAL_FUNC RowEnd end_of_row(SoftmaxRow row, float scale) {
+FA_FN RowEnd end_of_row(SoftmaxRow row, float scale) {
   const float l = row_sum(row.l);
   if (l == 0.0f) return {0.0f, minus_infinity};
   return {scale / l, (row.m + metal::log2(l)) * ln_2};

@@ -7,7 +7,7 @@ namespace flash_attn {
 
 /// Head dims from dim_begin on of one row; zeros past the last.
 template <int columns, class Pointer>
-METAL_FUNC void load_query(thread Tile<columns, FA_T>& q, Pointer row, int dim_begin, int dims, LanePlace place) {
+FA_FN void load_query(thread Tile<columns, FA_T>& q, Pointer row, int dim_begin, int dims, LanePlace place) {
   FA_UNROLL
   for (short d = 0; d < columns; ++d) {
     const int dim = dim_begin + d * fragment_size + place.column;
@@ -17,7 +17,7 @@ METAL_FUNC void load_query(thread Tile<columns, FA_T>& q, Pointer row, int dim_b
 
 /// Head dims from dim_begin on of one row.
 template <class Pointer>
-METAL_FUNC void store_output(Pointer row, thread const Tile<value_tiles>& o, int dim_begin, LanePlace place) {
+FA_FN void store_output(Pointer row, thread const Tile<value_tiles>& o, int dim_begin, LanePlace place) {
   FA_UNROLL
   for (short d = 0; d < value_tiles; ++d) {
     FA_UNROLL

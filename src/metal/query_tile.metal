@@ -9,12 +9,12 @@ namespace flash_attn {
 static_assert(FA_BQ * FA_SPLIT_D == FA_SIMDGROUPS * fragment_size, "a simdgroup has eight rows");
 static_assert(FA_BK <= 32, "one call of Philox serves a block");
 
-constant constexpr int key_tiles = FA_BK / fragment_size;
-constant constexpr int parts_size = FA_SPLIT_D > 1 ? FA_SIMDGROUPS * key_tiles * part_size : 1;
+FA_CONSTANT int key_tiles = FA_BK / fragment_size;
+FA_CONSTANT int parts_size = FA_SPLIT_D > 1 ? FA_SIMDGROUPS * key_tiles * part_size : 1;
 
 /// Head dims from `first` on of this lane's row; zeros past the last.
 template <int columns, class Pointer>
-METAL_FUNC void load_row(thread Tile<columns, FA_T>& tile, Pointer row, int first, int dims, LanePlace place) {
+FA_FN void load_row(thread Tile<columns, FA_T>& tile, Pointer row, int first, int dims, LanePlace place) {
   FA_UNROLL
   for (short d = 0; d < columns; ++d) {
     FA_UNROLL
@@ -27,7 +27,7 @@ METAL_FUNC void load_row(thread Tile<columns, FA_T>& tile, Pointer row, int firs
 
 /// A B^T of eight rows in registers and eight that are stored in pairs.
 template <int columns>
-METAL_FUNC Fragment<float> product_abt(
+FA_FN Fragment<float> product_abt(
     thread const Tile<columns, FA_T>& a, ConstStoredRows b, int pitch_of_b, LanePlace place) {
   const ConstStoredRows pairs = b + place.column / 2 * pitch_of_b + 2 * place.row;
   Fragment<float> sum = Fragment<float>(0.0f);
@@ -40,7 +40,7 @@ METAL_FUNC Fragment<float> product_abt(
 }
 
 /// q.k and dP of the keys from `key` on, tile by tile; those that hold no key of `seen` stay 0.
-METAL_FUNC void multiply_by_keys(
+FA_FN void multiply_by_keys(
     thread Tile<key_tiles>& dot, thread Tile<key_tiles>& dp, thread const Tile<dim_tiles, FA_T>& q,
     thread const Tile<value_tiles, FA_T>& dout, ConstStoredRows k, ConstStoredRows v, int key, KeyRange seen, LanePlace place) {
   FA_UNROLL

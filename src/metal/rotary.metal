@@ -19,11 +19,11 @@ struct Token {
   int index;  // in its sequence
 };
 
-METAL_FUNC Token token_of_row(Absent, int row, int tokens, int) { return {row / tokens, row % tokens}; }
+FA_FN Token token_of_row(Absent, int row, int tokens, int) { return {row / tokens, row % tokens}; }
 
 /// Of the last sequence that starts at the row or before it. A row of nobody has some position.
 template <class Starts>
-METAL_FUNC Token token_of_row(Starts starts, int row, int, int batches) {
+FA_FN Token token_of_row(Starts starts, int row, int, int batches) {
   int sequence = 0;
   for (int i = 1; i < batches; ++i) {
     if (starts[i] <= row) sequence = i;
@@ -31,7 +31,7 @@ METAL_FUNC Token token_of_row(Starts starts, int row, int, int batches) {
   return {sequence, max_of(row - starts[sequence], 0)};
 }
 
-METAL_FUNC int rotary_position(const device int* params, int base, int index) {
+FA_FN int rotary_position(const device int* params, int base, int index) {
 #ifdef FA_QUERIES
   return rotary_position_of_query(base, index, false, params[param_window_left], params[param_window_right]);
 #else

@@ -9,22 +9,22 @@
 
 namespace flash_attn {
 
-constant constexpr int threads = FA_SIMDGROUPS * 32;
-constant constexpr int run_length = 16 / int(sizeof(FA_T));
+FA_CONSTANT int threads = FA_SIMDGROUPS * 32;
+FA_CONSTANT int run_length = 16 / int(sizeof(FA_T));
 
 /// Fragments of so many head dims that a simdgroup has: FA_SPLIT_D neighbours have a part of them each.
-METAL_FUNC constexpr int part_tiles(int dims) { return (fragments(dims) + FA_SPLIT_D - 1) / FA_SPLIT_D; }
+FA_FN constexpr int part_tiles(int dims) { return (fragments(dims) + FA_SPLIT_D - 1) / FA_SPLIT_D; }
 
-METAL_FUNC constexpr int stored_dims(int dims) { return part_tiles(dims) * FA_SPLIT_D * fragment_size; }
-METAL_FUNC constexpr int pitch_of(int dims) { return stored_dims(dims) + run_length; }
-METAL_FUNC constexpr int pair_pitch_of(int dims) { return 2 * stored_dims(dims) + (fragments(stored_dims(dims)) % 2 == 0 ? 16 : 0); }
+FA_FN constexpr int stored_dims(int dims) { return part_tiles(dims) * FA_SPLIT_D * fragment_size; }
+FA_FN constexpr int pitch_of(int dims) { return stored_dims(dims) + run_length; }
+FA_FN constexpr int pair_pitch_of(int dims) { return 2 * stored_dims(dims) + (fragments(stored_dims(dims)) % 2 == 0 ? 16 : 0); }
 
-constant constexpr int dim_tiles = part_tiles(FA_D);
-constant constexpr int value_tiles = part_tiles(FA_DV);
-constant constexpr int pitch = pitch_of(FA_D);
-constant constexpr int value_pitch = pitch_of(FA_DV);
-constant constexpr int pair_pitch = pair_pitch_of(FA_D);
-constant constexpr int value_pair_pitch = pair_pitch_of(FA_DV);
+FA_CONSTANT int dim_tiles = part_tiles(FA_D);
+FA_CONSTANT int value_tiles = part_tiles(FA_DV);
+FA_CONSTANT int pitch = pitch_of(FA_D);
+FA_CONSTANT int value_pitch = pitch_of(FA_DV);
+FA_CONSTANT int pair_pitch = pair_pitch_of(FA_D);
+FA_CONSTANT int value_pair_pitch = pair_pitch_of(FA_DV);
 
 using StoredRows = threadgroup FA_T*;
 using ConstStoredRows = const threadgroup FA_T*;
@@ -33,7 +33,7 @@ using StoredRun = Run<FA_T, run_length>;
 
 /// Of row i of `rows`, from `dim` on; zeros if there is no such row, and past the last head dim.
 template <int dims, class Rows>
-METAL_FUNC StoredRun run_of_row(Rows rows, int i, int dim) {
+FA_FN StoredRun run_of_row(Rows rows, int i, int dim) {
   StoredRun run;
   run.fill(FA_T(0.0f));
   if (!rows.has(i)) return run;
@@ -46,7 +46,7 @@ METAL_FUNC StoredRun run_of_row(Rows rows, int i, int dim) {
 }
 
 template <int dims, int count, class Rows>
-METAL_FUNC void load_rows(StoredRows block, Rows rows, uint thread_index) {
+FA_FN void load_rows(StoredRows block, Rows rows, uint thread_index) {
   constexpr int runs = stored_dims(dims) / run_length;
   for (int i = int(thread_index); i < count * runs; i += threads) {
     const int dim = i % runs * run_length;
@@ -55,7 +55,7 @@ METAL_FUNC void load_rows(StoredRows block, Rows rows, uint thread_index) {
 }
 
 template <int dims, int count, class Rows>
-METAL_FUNC void load_pairs(StoredRows block, Rows rows, uint thread_index) {
+FA_FN void load_pairs(StoredRows block, Rows rows, uint thread_index) {
   constexpr int runs = stored_dims(dims) / run_length;
   for (int i = int(thread_index); i < count / 2 * runs; i += threads) {
     const int pair = i / runs;
@@ -80,12 +80,12 @@ struct KeyRows {
   int first;
   KeyRange needed;
 
-  METAL_FUNC bool has(int i) const thread { return contains(needed, first + i, first + i + 1); }
-  METAL_FUNC Pointer row(int i) const thread { return key_0 + (first + i) * stride; }
+  FA_FN bool has(int i) const thread { return contains(needed, first + i, first + i + 1); }
+  FA_FN Pointer row(int i) const thread { return key_0 + (first + i) * stride; }
 };
 
 template <class Pointer>
-METAL_FUNC KeyRows<Pointer> key_rows(
+FA_FN KeyRows<Pointer> key_rows(
     Pointer tensor, RowStrides strides, Sequence sequence, int kv_head, int first, KeyRange needed) {
   return {tensor + strides.offset(sequence.cache_row, sequence.k.begin, kv_head), strides.row, first, needed};
 }

@@ -8,7 +8,7 @@ namespace flash_attn {
 
 /// Scores of the row's keys from `key` on. `seen`: by the tile's rows.
 template <class Mask, class Missing>
-METAL_FUNC void finish_scores(
+FA_FN void finish_scores(
     thread Tile<key_tiles>& s, ScoreScale scale, ScoreRow row, int key, SeenKeys seen, LanePlace place, Mask mask,
     Missing missing) {
   const bool edge = !contains(seen.every, key, key + FA_BK);
@@ -29,11 +29,11 @@ METAL_FUNC void finish_scores(
   }
 }
 
-METAL_FUNC void drop(thread Tile<key_tiles>&, ScoreRow, int, LanePlace, const device int*, Absent) {}
+FA_FN void drop(thread Tile<key_tiles>&, ScoreRow, int, LanePlace, const device int*, Absent) {}
 
 #ifdef FA_DROPOUT
 template <class Key>
-METAL_FUNC void drop(
+FA_FN void drop(
     thread Tile<key_tiles>& p, ScoreRow row, int key, LanePlace place, const device int* params, Key philox_key) {
   const DropoutCall call = dropout_call(params, philox_key, row.dropout_head, row.query, uint(key + place.column));
   FA_UNROLL
@@ -48,11 +48,11 @@ METAL_FUNC void drop(
 
 // ---- two simdgroups share rows: each adds the other's part of S, lane by lane
 
-METAL_FUNC threadgroup float* part_of_lane(threadgroup float* parts, uint simdgroup, short j, uint lane) {
+FA_FN threadgroup float* part_of_lane(threadgroup float* parts, uint simdgroup, short j, uint lane) {
   return parts + ((simdgroup * key_tiles + j) * 32 + lane) * 2;
 }
 
-METAL_FUNC void store_part(thread const Tile<key_tiles>& s, threadgroup float* parts, uint simdgroup, uint lane) {
+FA_FN void store_part(thread const Tile<key_tiles>& s, threadgroup float* parts, uint simdgroup, uint lane) {
   FA_UNROLL
   for (short j = 0; j < key_tiles; ++j) {
     threadgroup float* part = part_of_lane(parts, simdgroup, j, lane);
@@ -61,7 +61,7 @@ METAL_FUNC void store_part(thread const Tile<key_tiles>& s, threadgroup float* p
   }
 }
 
-METAL_FUNC void add_part(thread Tile<key_tiles>& s, threadgroup float* parts, uint simdgroup, uint lane) {
+FA_FN void add_part(thread Tile<key_tiles>& s, threadgroup float* parts, uint simdgroup, uint lane) {
   FA_UNROLL
   for (short j = 0; j < key_tiles; ++j) {
     const threadgroup float* part = part_of_lane(parts, simdgroup, j, lane);

@@ -9,9 +9,9 @@
 
 namespace flash_attn {
 
-constant constexpr float minus_infinity = -metal::numeric_limits<float>::infinity();
+FA_CONSTANT float minus_infinity = -metal::numeric_limits<float>::infinity();
 
-METAL_FUNC float float_param(const device int* params, Param index) { return as_type<float>(params[index]); }
+FA_FN float float_param(const device int* params, Param index) { return as_type<float>(params[index]); }
 
 // Scores live in log2 units; with softcap, they are tanh's argument first.
 struct ScoreScale {
@@ -19,7 +19,7 @@ struct ScoreScale {
   float softcap;  // what tanh is multiplied by
 };
 
-METAL_FUNC ScoreScale score_scale(const device int* params) {
+FA_FN ScoreScale score_scale(const device int* params) {
   const float scale = float_param(params, param_softmax_scale);
 #ifdef FA_SOFTCAP
   const float softcap = float_param(params, param_softcap);
@@ -49,16 +49,16 @@ struct ScoreRow {
 
 /// Axes of size 1 broadcast.
 template <class Shape, class Strides>
-METAL_FUNC long mask_stride(Shape shape, Strides strides, int axis) {
+FA_FN long mask_stride(Shape shape, Strides strides, int axis) {
   return shape[axis] == 1 ? 0 : strides[axis];
 }
 
-METAL_FUNC uint dropout_head(const device int* params, int batch, int head) {
+FA_FN uint dropout_head(const device int* params, int batch, int head) {
   return uint(batch * params[param_heads_q] + head) * 32u;
 }
 
 template <class Slopes, class MaskShape, class MaskStrides>
-METAL_FUNC ScoreRow score_row_of(
+FA_FN ScoreRow score_row_of(
     const device int* params, Sequence sequence, QueryRow row, Slopes slopes, MaskShape mask_shape, MaskStrides mask_strides) {
   ScoreRow score;
   score.keys = visible_keys(sequence.rule, row.query);
@@ -81,24 +81,24 @@ METAL_FUNC ScoreRow score_row_of(
 
 // A backend's words for the rules. tanh by exp2: precise::tanh costs three times as much, this is exact to 1e-7.
 struct ScoreWords {
-  static METAL_FUNC float tanh(float x) {
+  static FA_FN float tanh(float x) {
     const float e = metal::fast::exp2(metal::clamp(x, -10.0f, 10.0f) * (2.0f * log2_e));
     return (e - 1.0f) / (e + 1.0f);
   }
 };
 
-METAL_FUNC float masked(float s, bool visible) { return visible ? s : minus_infinity; }
+FA_FN float masked(float s, bool visible) { return visible ? s : minus_infinity; }
 
 /// -inf hides the key; anything finite leaves it visible, even where base 2 overflows (the lowest float is a common value).
 template <class T>
-METAL_FUNC float masked(float s, T bias) {
+FA_FN float masked(float s, T bias) {
   const float sum = s + float(bias) * log2_e;
   return float(bias) == minus_infinity ? minus_infinity : sum < lowest_score ? lowest_score : sum;
 }
 
 /// The score of `key`, log2 units, from q.k; -inf where attn_mask hides it. Where the row does not see the key, see `hidden`.
 template <class Mask>
-METAL_FUNC float score(float dot, ScoreScale scale, ScoreRow row, int key, Mask mask) {
+FA_FN float score(float dot, ScoreScale scale, ScoreRow row, int key, Mask mask) {
   float s = dot * scale.query;
 #ifdef FA_SOFTCAP
   s = scale.softcap * softcap_tanh<float, ScoreWords>(s, 1.0f);
@@ -113,7 +113,7 @@ METAL_FUNC float score(float dot, ScoreScale scale, ScoreRow row, int key, Mask 
 }
 
 /// Causal, window, chunk and length at once. Replaces, for NaN may stand there.
-METAL_FUNC float hidden(float s, ScoreRow row, int key) {
+FA_FN float hidden(float s, ScoreRow row, int key) {
   return row.keys.begin <= key && key < row.keys.end ? s : minus_infinity;
 }
 
@@ -123,7 +123,7 @@ struct DropoutCall {
   PhiloxWords<uint32> words;
   uint32 threshold;
 
-  METAL_FUNC bool keeps(uint row, uint column) const thread {
+  FA_FN bool keeps(uint row, uint column) const thread {
     const uint32 i = dropout_word_index(column);
     const uint32 word = i == 0u ? words.x : i == 1u ? words.y : i == 2u ? words.z : words.w;
     return ((word >> dropout_byte_shift(row, column)) & 255u) < threshold;
@@ -131,7 +131,7 @@ struct DropoutCall {
 };
 
 template <class Key>
-METAL_FUNC DropoutCall dropout_call(const device int* params, Key key, uint head_offset, uint row, uint column) {
+FA_FN DropoutCall dropout_call(const device int* params, Key key, uint head_offset, uint row, uint column) {
   const uint32 counter = dropout_counter(head_offset, row, column);
   const uint32 row_tile = row / 16u;
   const uint32 column_tile = column / 32u;
@@ -144,7 +144,7 @@ METAL_FUNC DropoutCall dropout_call(const device int* params, Key key, uint head
 #endif
 
 /// What the probabilities that dropout keeps are multiplied by.
-METAL_FUNC float dropout_scale(const device int* params) {
+FA_FN float dropout_scale(const device int* params) {
 #ifdef FA_DROPOUT
   return float_param(params, param_dropout_scale);
 #else

@@ -30,14 +30,14 @@ struct Sequence {
 
 /// Where slot i begins: cu_seqlens that run backwards then still tile. Every lane of the simdgroup calls it.
 template <class Starts>
-METAL_FUNC int slot_begin(Starts starts, int slot, int total, uint lane) {
+FA_FN int slot_begin(Starts starts, int slot, int total, uint lane) {
   int begin = 0;
   for (int i = int(lane); i <= slot; i += 32) begin = max_of(begin, starts[i]);
   return min_of(metal::simd_max(begin), total);
 }
 
 template <class Starts, class Used>
-METAL_FUNC SequenceRows rows_of_sequence(Starts starts, Used used, int batch, int batches, int total, int max_seqlen, uint lane) {
+FA_FN SequenceRows rows_of_sequence(Starts starts, Used used, int batch, int batches, int total, int max_seqlen, uint lane) {
   const int floor = slot_begin(starts, batch, total, lane);
   const int length = entry_or(used, batch, max_seqlen);
   const Extent extent = sequence_extent(starts[batch], starts[batch + 1], floor, total, max_seqlen, length);
@@ -46,11 +46,11 @@ METAL_FUNC SequenceRows rows_of_sequence(Starts starts, Used used, int batch, in
 }
 
 template <class Used>
-METAL_FUNC SequenceRows rows_of_sequence(Absent, Used used, int batch, int, int, int max_seqlen, uint) {
+FA_FN SequenceRows rows_of_sequence(Absent, Used used, int batch, int, int, int max_seqlen, uint) {
   return {0, clamp_to(entry_or(used, batch, max_seqlen), 0, max_seqlen), 0, max_seqlen};
 }
 
-METAL_FUNC MaskRule mask_rule(const device int* params, int seqlen_q, int seqlen_k) {
+FA_FN MaskRule mask_rule(const device int* params, int seqlen_q, int seqlen_k) {
 #ifdef FA_CHUNK
   const int chunk = params[param_attention_chunk];
 #else
@@ -61,7 +61,7 @@ METAL_FUNC MaskRule mask_rule(const device int* params, int seqlen_q, int seqlen
 
 /// Every lane of the simdgroup calls it.
 template <class StartsQ, class StartsK, class UsedQ, class UsedK, class Indices, class Leftpad>
-METAL_FUNC Sequence sequence_of(
+FA_FN Sequence sequence_of(
     const device int* params, int batch, uint lane, StartsQ starts_q, StartsK starts_k, UsedQ used_q, UsedK used_k,
     Indices batch_idx, Leftpad leftpad) {
   const int batches = params[param_batch];
@@ -94,10 +94,10 @@ METAL_FUNC Sequence sequence_of(
 
 // ---- rows that belong to no sequence
 
-METAL_FUNC int unused_rows(SequenceRows rows) { return rows.slot_end - rows.slot_begin - rows.length; }
+FA_FN int unused_rows(SequenceRows rows) { return rows.slot_end - rows.slot_begin - rows.length; }
 
 /// Row i of them.
-METAL_FUNC int unused_row(SequenceRows rows, int i) {
+FA_FN int unused_row(SequenceRows rows, int i) {
   const int row = rows.slot_begin + i;
   return row < rows.begin ? row : row + rows.length;
 }
@@ -109,23 +109,23 @@ struct RowStrides {
   long row;
   long head;
 
-  METAL_FUNC long offset(int sequence, int row_of_slot, int head_of_row) const thread {
+  FA_FN long offset(int sequence, int row_of_slot, int head_of_row) const thread {
     return sequence * batch + row_of_slot * row + head_of_row * head;
   }
 };
 
 /// From the strides of [batch, rows, heads, dim], or packed [rows, heads, dim].
 template <class Strides>
-METAL_FUNC RowStrides dense_strides(Strides strides) {
+FA_FN RowStrides dense_strides(Strides strides) {
   return {strides[0], strides[1], strides[2]};
 }
 template <class Strides>
-METAL_FUNC RowStrides packed_strides(Strides strides) {
+FA_FN RowStrides packed_strides(Strides strides) {
   return {0, strides[0], strides[1]};
 }
 
 template <class Strides>
-METAL_FUNC RowStrides query_strides(Strides strides) {
+FA_FN RowStrides query_strides(Strides strides) {
 #ifdef FA_VARLEN
   return packed_strides(strides);
 #else
@@ -134,7 +134,7 @@ METAL_FUNC RowStrides query_strides(Strides strides) {
 }
 
 template <class Strides>
-METAL_FUNC RowStrides key_strides(Strides strides) {
+FA_FN RowStrides key_strides(Strides strides) {
 #ifdef FA_CACHED
   return dense_strides(strides);
 #else
@@ -143,7 +143,7 @@ METAL_FUNC RowStrides key_strides(Strides strides) {
 }
 
 /// Of a row of q's slot in a contiguous tensor [batch, rows, heads, dim] or [rows, heads, dim].
-METAL_FUNC long out_offset(const device int* params, int batch, int row, int head, int dim) {
+FA_FN long out_offset(const device int* params, int batch, int row, int head, int dim) {
 #ifdef FA_VARLEN
   const long place = row;
 #else
@@ -153,7 +153,7 @@ METAL_FUNC long out_offset(const device int* params, int batch, int row, int hea
 }
 
 /// ... in lse [batch, heads, rows] or [heads, rows].
-METAL_FUNC long lse_offset(const device int* params, int batch, int row, int head) {
+FA_FN long lse_offset(const device int* params, int batch, int row, int head) {
 #ifdef FA_VARLEN
   return long(head) * params[param_total_q] + row;
 #else
@@ -168,11 +168,11 @@ struct QueryRow {
   int head;
 };
 
-METAL_FUNC QueryRow query_of_row(int row, int kv_head) { return {row / FA_GROUP, kv_head * FA_GROUP + row % FA_GROUP}; }
+FA_FN QueryRow query_of_row(int row, int kv_head) { return {row / FA_GROUP, kv_head * FA_GROUP + row % FA_GROUP}; }
 
-METAL_FUNC int blocks_of(int rows, int block) { return (rows + block - 1) / block; }
+FA_FN int blocks_of(int rows, int block) { return (rows + block - 1) / block; }
 
-METAL_FUNC int packed_rows(Sequence sequence) { return sequence.q.length * FA_GROUP; }
+FA_FN int packed_rows(Sequence sequence) { return sequence.q.length * FA_GROUP; }
 
 // What packed rows see together.
 struct SeenKeys {
@@ -180,15 +180,15 @@ struct SeenKeys {
   KeyRange every;  // a key inside is seen by all of them
 };
 
-METAL_FUNC SeenKeys seen_keys(MaskRule rule, int row_begin, int row_end) {
+FA_FN SeenKeys seen_keys(MaskRule rule, int row_begin, int row_end) {
   if (row_begin >= row_end) return {{0, 0}, {0, rule.seqlen_k}};
   const KeyRange first = visible_keys(rule, row_begin / FA_GROUP);
   const KeyRange last = visible_keys(rule, (row_end - 1) / FA_GROUP);
   return {{first.begin, last.end}, {last.begin, first.end}};
 }
 
-METAL_FUNC bool sees(KeyRange keys, int key_begin, int key_end) { return keys.begin < key_end && key_begin < keys.end; }
-METAL_FUNC bool contains(KeyRange keys, int key_begin, int key_end) {
+FA_FN bool sees(KeyRange keys, int key_begin, int key_end) { return keys.begin < key_end && key_begin < keys.end; }
+FA_FN bool contains(KeyRange keys, int key_begin, int key_end) {
   return keys.begin <= key_begin && key_end <= keys.end;
 }
 

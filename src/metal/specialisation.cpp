@@ -10,7 +10,6 @@
 #include <utility>
 
 #include "metal/params.h"
-#include "metal/texts.h"
 
 namespace flash_attn::metal {
 namespace {
@@ -204,13 +203,13 @@ std::vector<std::string> joined(std::vector<std::string> names, std::initializer
 Kernel make_kernel(const char* kernel, const AttentionProblem& problem, const Operands& operands, const Defines& defines,
                    std::vector<std::string> inputs, std::vector<std::string> outputs, int threads,
                    std::array<int, 3> threadgroups) {
-  const Text& text = text_of(kernel);
-  return {.name = std::string("flash_attn_") + kernel + "_" + fingerprint(defines.text()),
+  const bool is_readable = wish("FLASH_ATTENTION_MLX_METAL_READABLE", 0) > 0;
+  return {.name = std::string("flash_attn_") + kernel + "_" + fingerprint(defines.text()) + (is_readable ? "_readable" : ""),
+          .file = kernel,
           .inputs = std::move(inputs),
           .outputs = std::move(outputs),
           .defines = defines.text(),
-          .functions = text.functions,
-          .body = text.body,
+          .is_readable = is_readable,
           .params = params_of(problem, operands),
           .threadgroup = {threads, 1, 1},
           .threadgroups = threadgroups};

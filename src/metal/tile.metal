@@ -9,10 +9,10 @@
 
 namespace flash_attn {
 
-constant constexpr short fragment_size = 8;
+FA_CONSTANT short fragment_size = 8;
 
 /// Fragments that cover so many rows or columns.
-METAL_FUNC constexpr int fragments(int size) { return (size + fragment_size - 1) / fragment_size; }
+FA_FN constexpr int fragments(int size) { return (size + fragment_size - 1) / fragment_size; }
 
 /// The two elements of an 8 x 8 fragment that this lane holds: (row, column) and (row, column + 1).
 template <class T>
@@ -24,7 +24,7 @@ struct LanePlace {
 };
 
 /// The layout of A, B and C of simdgroup_matrix alike.
-METAL_FUNC LanePlace place_of_lane(uint lane) {
+FA_FN LanePlace place_of_lane(uint lane) {
   const short quad = short(lane) / 4;
   return {short((quad & 4) + (short(lane) / 2) % 4), short((quad & 2) * 2 + (short(lane) % 2) * 2)};
 }
@@ -34,13 +34,13 @@ template <int columns, class T = float>
 struct Tile {
   Fragment<T> fragment[columns];  // `columns` counts fragments
 
-  METAL_FUNC void fill(float x) thread {
+  FA_FN void fill(float x) thread {
     FA_UNROLL
     for (short i = 0; i < columns; ++i) fragment[i] = Fragment<T>(T(x));
   }
 
   /// Each row by its own factor: a lane's elements are all of one row.
-  METAL_FUNC void scale_rows(T factor) thread {
+  FA_FN void scale_rows(T factor) thread {
     FA_UNROLL
     for (short i = 0; i < columns; ++i) fragment[i] *= factor;
   }
@@ -51,20 +51,20 @@ template <class T, int count>
 struct Run {
   T values[count];
 
-  METAL_FUNC void fill(float x) thread {
+  FA_FN void fill(float x) thread {
     FA_UNROLL
     for (short i = 0; i < count; ++i) values[i] = T(x);
   }
 
   template <class Pointer>
-  METAL_FUNC void load(Pointer from) thread {
+  FA_FN void load(Pointer from) thread {
     FA_UNROLL
     for (short i = 0; i < count; ++i) values[i] = T(from[i]);
   }
 
   /// The first `available` of them.
   template <class Pointer>
-  METAL_FUNC void load_some(Pointer from, int available) thread {
+  FA_FN void load_some(Pointer from, int available) thread {
     FA_UNROLL
     for (short i = 0; i < count; ++i) {
       if (i < available) values[i] = T(from[i]);
@@ -72,7 +72,7 @@ struct Run {
   }
 
   template <class Pointer>
-  METAL_FUNC void store(Pointer to) const thread {
+  FA_FN void store(Pointer to) const thread {
     FA_UNROLL
     for (short i = 0; i < count; ++i) to[i] = values[i];
   }
@@ -80,7 +80,7 @@ struct Run {
 
 /// D += A B of three fragments. Products of 16 bits are exact in float32, in which all is added up.
 template <class A, class B>
-METAL_FUNC void multiply_accumulate(thread Fragment<float>& d, Fragment<A> a, Fragment<B> b) {
+FA_FN void multiply_accumulate(thread Fragment<float>& d, Fragment<A> a, Fragment<B> b) {
   metal::simdgroup_matrix<A, 8, 8> matrix_a;
   metal::simdgroup_matrix<B, 8, 8> matrix_b;
   metal::simdgroup_matrix<float, 8, 8> matrix_d;
@@ -93,23 +93,23 @@ METAL_FUNC void multiply_accumulate(thread Fragment<float>& d, Fragment<A> a, Fr
 
 /// This lane's part of a fragment whose first element is at `first`; a transposed one has its strides swapped.
 template <class T, class Pointer>
-METAL_FUNC Fragment<T> load_fragment(Pointer first, LanePlace place, int row_stride, int column_stride) {
+FA_FN Fragment<T> load_fragment(Pointer first, LanePlace place, int row_stride, int column_stride) {
   first += place.row * row_stride + place.column * column_stride;
   return Fragment<T>(T(first[0]), T(first[column_stride]));
 }
 
 /// Over the lanes that share a row of a fragment.
-METAL_FUNC float row_max(float x) {
+FA_FN float row_max(float x) {
   x = metal::max(x, metal::simd_shuffle_xor(x, 1));
   return metal::max(x, metal::simd_shuffle_xor(x, 8));
 }
 
-METAL_FUNC float row_sum(float x) {
+FA_FN float row_sum(float x) {
   x += metal::simd_shuffle_xor(x, 1);
   return x + metal::simd_shuffle_xor(x, 8);
 }
 
 /// One lane of each row, for what is written once a row.
-METAL_FUNC bool is_first_of_row(uint lane) { return (lane & 9u) == 0u; }
+FA_FN bool is_first_of_row(uint lane) { return (lane & 9u) == 0u; }
 
 }  // namespace flash_attn

@@ -6,7 +6,7 @@
 namespace flash_attn {
 
 /// Of q, whoever they belong to.
-METAL_FUNC int query_rows(const device int* params) {
+FA_FN int query_rows(const device int* params) {
 #ifdef FA_VARLEN
   return params[param_total_q];
 #else
@@ -16,7 +16,7 @@ METAL_FUNC int query_rows(const device int* params) {
 
 /// Those of the sequence's slot, every so many from `first` on.
 template <class Out, class Lse>
-METAL_FUNC void zero_unused_rows(
+FA_FN void zero_unused_rows(
     const device int* params, Sequence sequence, int kv_head, int first, int step, Out out, Lse lse, uint thread_index, int threads) {
   const int head = kv_head * FA_GROUP;
   for (int i = first; i < unused_rows(sequence.q); i += step) {

@@ -8,6 +8,7 @@
 #include <utility>
 
 #include "flash_attn/attention.h"
+#include "metal/texts.h"
 #include "mlx/backend/metal/metal.h"
 #include "mlx/fast.h"
 #include "mlx/ops.h"
@@ -103,24 +104,7 @@ class FlashAttentionMetal final : public mx::Primitive {
   std::shared_ptr<mx::Primitive> node_;  // MLX's
 };
 
-MetalLaunch metal_launch(const Launch& launch, const Arrays& inputs) {
-  const metal::Kernel& kernel = launch.kernel;
-  const auto [x, y, z] = kernel.threadgroup;
-  const auto [groups_x, groups_y, groups_z] = kernel.threadgroups;
-  return {.name = kernel.name,
-          .input_names = kernel.inputs,
-          .output_names = kernel.outputs,
-          .source = kernel.source(),
-          .header = kernel.header(),
-          .inputs = inputs,
-          .output_shapes = launch.output_shapes,
-          .output_dtypes = launch.output_dtypes,
-          .grid = {groups_x * x, groups_y * y, groups_z * z},
-          .threadgroup = {x, y, z},
-          .stream = launch.stream};
-}
-
-/// What calls of one shape share. Forgets all when it is full.
+/// What calls share. Forgets all when it is full.
 template <class Key, class Value>
 class Cache {
  public:
@@ -145,14 +129,37 @@ class Cache {
   std::map<Key, Value> values_;
 };
 
+std::shared_ptr<const metal::Text> kept_text(const metal::Kernel& kernel) {
+  static Cache<std::string, std::shared_ptr<const metal::Text>> cache(256);
+  return cache.get(kernel.name, [&] { return std::make_shared<const metal::Text>(metal::text_of(kernel)); });
+}
+
+MetalLaunch metal_launch(const Launch& launch, const Arrays& inputs) {
+  const metal::Kernel& kernel = launch.kernel;
+  const auto text = kept_text(kernel);
+  const auto [x, y, z] = kernel.threadgroup;
+  const auto [groups_x, groups_y, groups_z] = kernel.threadgroups;
+  return {.name = kernel.name,
+          .input_names = kernel.inputs,
+          .output_names = kernel.outputs,
+          .source = text->body,
+          .header = text->functions,
+          .inputs = inputs,
+          .output_shapes = launch.output_shapes,
+          .output_dtypes = launch.output_dtypes,
+          .grid = {groups_x * x, groups_y * y, groups_z * z},
+          .threadgroup = {x, y, z},
+          .stream = launch.stream};
+}
+
 mx::array params_of(const metal::Kernel& kernel) {
   static Cache<std::vector<std::int32_t>, mx::array> cache(1024);
   return cache.get(kernel.params,
                    [&] { return mx::array(kernel.params.begin(), {static_cast<int>(kernel.params.size())}, mx::int32); });
 }
 
-/// MLX's node of a launch knows text and grid, not arrays: one serves every call of the same shape, so that the text, some 40
-/// KB, is put together once and not in every layer of every step.
+/// MLX's node of a launch knows text and grid, not arrays: one serves every call of the same shape, so that MLX puts
+/// its text together once and not in every layer of every step.
 std::shared_ptr<mx::Primitive> node_of_mlx(const Launch& launch, const Arrays& inputs) {
   static Cache<std::string, std::shared_ptr<mx::Primitive>> cache(256);
   std::ostringstream key;

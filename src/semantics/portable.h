@@ -5,7 +5,7 @@
 
 #if defined(__METAL_VERSION__)
 #include <metal_stdlib>
-#define FA_FN static inline
+#define FA_FN METAL_FUNC
 #define FA_CONSTANT constant constexpr
 namespace flash_attn {
 using int32 = int;

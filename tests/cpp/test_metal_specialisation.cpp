@@ -9,6 +9,7 @@
 
 #include "metal/params.h"
 #include "metal/specialisation.h"
+#include "metal/texts.h"
 
 namespace flash_attn::metal {
 namespace {
@@ -65,7 +66,8 @@ TEST(MetalSpecialisation, EveryTextHasANameOfItsOwn) {
            {forward_kernel(problem, operands(optional), {}), backward_dq_kernel(problem, operands(optional), {}),
             backward_dkv_kernel(problem, operands(optional), {})}) {
         names.insert(kernel.name);
-        texts.insert(kernel.header() + kernel.source());
+        const Text text = text_of(kernel);
+        texts.insert(text.functions + text.body);
       }
     }
   }

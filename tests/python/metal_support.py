@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 
@@ -33,20 +34,20 @@ def metal_graph(
     route: str = "kernel",
     probe: bool = False,
     bugs: dict[str, tuple[str, str]] | None = None,
+    readable: bool = False,
 ) -> Iterator[Any]:
-    """Inside, attention runs on the Metal kernels under the shim. `bugs`: {start of a kernel's name: (right text, wrong)}."""
+    """Inside, attention runs on the Metal kernels under the shim. `bugs`: {start of a kernel's name: (right text, wrong)},
+    which go into readable texts."""
     module = shim()
-    before = os.environ.get("FLASH_ATTENTION_MLX_ROUTE")
+    variables = {"FLASH_ATTENTION_MLX_ROUTE": route}
+    if bugs or readable:
+        variables["FLASH_ATTENTION_MLX_METAL_READABLE"] = "1"
     _core._set_metal_launcher(module.launcher_capsule(mode, seed, bugs or {}), probe=probe)
-    os.environ["FLASH_ATTENTION_MLX_ROUTE"] = route
     try:
-        yield module
+        with patch.dict(os.environ, variables):
+            yield module
     finally:
         _core._set_metal_launcher(None)
-        if before is None:
-            del os.environ["FLASH_ATTENTION_MLX_ROUTE"]
-        else:
-            os.environ["FLASH_ATTENTION_MLX_ROUTE"] = before
 
 
 @pytest.fixture

@@ -320,7 +320,7 @@ def test_a_long_call(rng):
         check(qkv(rng, 1, 1024, 1024, 2, 1, 128, dtype=mx.float16) | {"causal": True}, module)
 
 
-BARRIER = "threadgroup_barrier(mem_flags::mem_threadgroup);\n"
+BARRIER = "threadgroup_barrier(mem_flags::mem_threadgroup);\n  "
 AFTER_BARRIERS = ["if (loads_early && !scores_values) next_v.load", "if (loads_early) next_k.load"]
 
 

@@ -50,20 +50,22 @@ def check_specialisations() -> bool:
     from specialisations import recorded
 
     texts = recorded()
+    readable = recorded(readable=True)
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # the work is clang's
-        results = pool.map(lambda text: check(text, threads_of(text))[0], texts.values())
+        results = pool.map(lambda name: check_pair(texts[name], readable[name]), texts)
         refused = {name: found for name, found in zip(texts, results, strict=True) if found}
     for name, found in refused.items():
-        print(f"{name}: {defines_of(texts[name])}")
+        print(f"{name}: {defines_of(readable[name])}")
         show(found)
-    print(f"{len(texts)} texts, {len(refused)} refused")
+    sizes = sorted(len(text.encode()) for text in texts.values())
+    print(f"{len(texts)} texts, {sizes[len(sizes) // 2]} bytes (median), {sizes[-1]} (most), {len(refused)} refused")
     return bool(refused)
 
 
 def check(text: str, threads: int | None) -> tuple[list[str], str]:
     """What is wrong, and a summary. Without threads it is no kernel but the vocabulary of some."""
     errors = errors_of(text)
-    found = [errors] * bool(errors) + broken(text, but=text_is_short if threads is None else None)
+    found = [errors] * bool(errors) + broken(text, but=text_is_short)
     summary = f"{len(text.encode())} bytes"
     if threads and not errors:
         code = generated_code(text, threads)
@@ -71,6 +73,14 @@ def check(text: str, threads: int | None) -> tuple[list[str], str]:
         summary += f", {code.threadgroup_bytes} bytes of threadgroup memory, {code.registers} registers"
         summary += f", {code.stack_bytes} bytes of stack" if code.stack_bytes else ""
     return found, summary
+
+
+def check_pair(text: str, readable: str) -> list[str]:
+    """What is wrong with a text that MLX gets. Rules know names and look at the readable one, compilers at what is sent."""
+    found = broken(readable, but=text_is_short) + broken(text, only=text_is_short)
+    if errors := errors_of(text):
+        return [*found, errors_of(readable) or errors]
+    return found + objections(generated_code(text, threads_of(readable)))
 
 
 def threads_of(text: str) -> int:

@@ -1,6 +1,6 @@
 """Every kind of text that MLX gets: calls that together use each feature, dtype and head dim, recorded and not run.
 
-`python tests/metal_shim/lint/specialisations.py FOLDER` writes each as a file that `xcrun metal -c` takes.
+`python tests/metal_shim/lint/specialisations.py FOLDER` writes each as a file that `xcrun metal -c` takes, and one to read.
 """
 
 from __future__ import annotations
@@ -31,16 +31,18 @@ from flash_attn import flash_attn_with_kvcache  # noqa: E402
 HEAD_DIMS = ((8, 8), (33, 33), (64, 64), (80, 80), (96, 96), (128, 128), (192, 128), (256, 256))
 CACHE_HEAD_DIMS = (*HEAD_DIMS, (576, 512))
 COMBINATIONS = 24
+READABLE = "_readable"
 
 
-def recorded() -> dict[str, str]:
-    """Texts by the names of their kernels."""
-    with metal_graph("record") as module:
+def recorded(readable: bool = False) -> dict[str, str]:
+    """Texts by the names of their kernels. Those for people have #defines, and the names that the sources have."""
+    with metal_graph("record", readable=readable) as module:
         for arguments in dense_calls():
             support.run(arguments, support.cotangents_of(arguments, np.random.default_rng(1)))
         for arguments in cached_calls():
             mx.eval(flash_attn_with_kvcache(**kvcache_support.copied(arguments), return_softmax_lse=True))
-        return dict(module.recorded_texts())
+        texts = dict(module.recorded_texts())
+    return {name.removesuffix(READABLE): text for name, text in texts.items() if name.endswith(READABLE) == readable}
 
 
 def dense_calls() -> Iterator[dict[str, Any]]:
@@ -87,6 +89,9 @@ def main() -> None:
     texts = recorded()
     for name, text in texts.items():
         (folder / f"{name}.metal").write_text(f"{prelude()}\n{text}\n")
+    (folder / "readable").mkdir(exist_ok=True)
+    for name, text in recorded(readable=True).items():
+        (folder / "readable" / f"{name}.metal").write_text(f"{prelude()}\n{text}\n")
     print(f"{len(texts)} texts in {os.path.relpath(folder)}")
 
 

@@ -63,7 +63,7 @@ BROKEN = {
         ("  threadgroup_barrier", "  auto m = simdgroup_matrix<float, 8, 8>(1.0f); threadgroup_barrier"),
         ("  threadgroup_barrier", "  simdgroup_float8x8 m; simdgroup_load(m, shared, 8); threadgroup_barrier"),
     ],
-    "text_is_short": [("* half_of_all", "* half_of_all" + "\n+ 0.0f" * 7200)],
+    "text_is_short": [("* half_of_all", "* half_of_all" + "\n+ 0.0f" * 2200)],
     "buffers_are_few": [
         ("out [[buffer(3)]],", "out [[buffer(3)]]," + "".join(f"int* a{i} [[buffer({i})]]," for i in range(4, 33)))
     ],

@@ -13,7 +13,11 @@ from metal_support import shim
 @pytest.fixture(scope="module")
 def texts() -> dict[str, str]:
     shim()  # skips without it
-    return specialisations.recorded()
+    return specialisations.recorded(readable=True)
+
+
+def test_a_text_that_is_sent_has_one_for_people(texts):
+    assert specialisations.recorded().keys() == texts.keys()
 
 
 def test_every_kernel_is_recorded(texts):

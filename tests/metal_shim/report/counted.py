@@ -15,6 +15,7 @@ from kernel_text import flatten
 from metal_support import metal_graph, shim
 from mlx_kernels import KERNELS, text_of
 from rules import MOST_BYTES
+from specialisations import READABLE
 
 from flash_attn.flash_attn_mlx import flash_attn_func, flash_attn_with_kvcache
 
@@ -53,6 +54,9 @@ class Row:
 
 
 def rows_of(case: Case) -> list[Row]:
+    with metal_graph("record", readable=True) as module:
+        run(case)
+        readable = module.recorded_texts()
     with metal_graph("hooks") as module:
         module.clear_reports()
         run(case)
@@ -61,7 +65,7 @@ def rows_of(case: Case) -> list[Row]:
         for report in module.reports():
             name = re.search(r"flash_attn_(\w+?)_[0-9a-f]{16}", report["function"])
             if name[1] in needed.MATRIX_PRODUCTS and not (case.backward and name[1] == "forward"):
-                found.append(our_row(case, name[1], report, texts[name[0]]))
+                found.append(our_row(case, name[1], report, texts[name[0]], numbers_of(readable[name[0] + READABLE])))
     return found
 
 
@@ -89,8 +93,11 @@ def run(case: Case) -> None:
     mx.eval(flash_attn_with_kvcache(q, k_cache, v_cache, cache_seqlens=lengths, block_table=table, causal=True))
 
 
-def our_row(case: Case, kernel: str, report: dict[str, Any], text: str) -> Row:
-    defines = {name: int(value) for name, value in re.findall(r"^#define (FA_\w+) (\d+)$", text, flags=re.MULTILINE)}
+def numbers_of(text: str) -> dict[str, int]:
+    return {name: int(value) for name, value in re.findall(r"^#define (FA_\w+) (\d+)$", text, flags=re.MULTILINE)}
+
+
+def our_row(case: Case, kernel: str, report: dict[str, Any], text: str, defines: dict[str, int]) -> Row:
     block, step = defines["FA_BQ"], defines["FA_BK"]
     if kernel == "backward_dkv":
         block, step = step, block

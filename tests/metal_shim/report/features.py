@@ -62,7 +62,7 @@ def texts_of(arguments: dict[str, Any]) -> dict[str, str]:
     def out(*arrays: mx.array) -> mx.array:
         return attention(**dict(zip(names, arrays, strict=True)), **others)
 
-    with metal_graph("record") as module:
+    with metal_graph("record", readable=True) as module:
         before = module.recorded_texts()
         mx.eval(mx.vjp(out, [arguments[name] for name in names], [mx.zeros_like(arguments["q"])]))
         new = {name: text for name, text in module.recorded_texts().items() if name not in before}

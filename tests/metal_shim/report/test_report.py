@@ -45,7 +45,7 @@ def test_queries_of_a_group_are_packed_rows():
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("flops", 1.06), ("bytes", 1.03), ("threadgroup_bytes", MOST_THREADGROUP_BYTES + 1), ("text_bytes", 48 * 1024 + 1)],
+    [("flops", 1.06), ("bytes", 1.03), ("threadgroup_bytes", MOST_THREADGROUP_BYTES + 1), ("text_bytes", 15 * 1024 + 1)],
 )
 def test_an_exceeded_bound_names_its_row(name, value):
     case = Case("some case", 64, 64, flops=1.05, bytes=1.02)
