@@ -1,9 +1,8 @@
-// One line of tasks, unit after unit: the keys of a unit are packed while the rows of the one before are computed, so that they
-// are read from cache, and the threads meet nowhere until the end.
+// A thread takes a unit, packs its keys and computes its rows: packed keys are read by the core that wrote them, from its own
+// cache. A thread that finds no unit left helps with those under way.
 //
-//   pack unit 0 | pack unit 1 | rows of unit 0 | pack unit 2 | rows of unit 1 | ..
-//
-// Tasks start in this order, so whatever a task waits for was started before it.
+//   thread 0   pack unit 0 | rows of unit 0 | pack unit 2 | rows of unit 2 | ..
+//   thread 1   pack unit 1 | rows of unit 1 | pack unit 3 | rows of unit 3 | ..
 
 #include "cpu/packed_forward.h"
 
@@ -17,135 +16,115 @@
 namespace flash_attn::cpu {
 namespace {
 
-// Units whose packed keys exist at a time: one is read, one is packed, and a third keeps slow threads from holding up fast
-// ones, where it is small.
-constexpr std::int64_t third_unit_limit = std::int64_t{4} << 20;  // floats of a unit
-
 struct RowRange {
   std::int32_t begin;
   std::int32_t end;
 };
 
-struct Task {
-  std::size_t unit;
-  bool is_packing;
-  std::int32_t block;  // of keys, to pack
-  RowRange rows;       // else to compute
+// A unit's tasks in the order in which they start: blocks of keys to pack, then rows to compute.
+struct UnitWork {
+  const Unit* unit;
+  std::int32_t first_block;
+  std::int32_t blocks;
+  std::vector<RowRange> rows;
+
+  std::atomic<float*> packed{nullptr};  // null until a thread has taken the unit
+  std::atomic<std::int32_t> next_task{0};
+  std::atomic<std::int32_t> blocks_packed{0};
+
+  std::int32_t tasks() const { return blocks + static_cast<std::int32_t>(rows.size()); }
 };
 
-class Pipeline {
+template <class Condition>
+void wait_until(Condition condition) {
+  for (int spins = 0; !condition(); ++spins) {
+    if (spins > 100) std::this_thread::yield();
+  }
+}
+
+class PackedForward {
  public:
-  Pipeline(const Kernels& level, const ForwardPass& pass, int threads, const std::vector<Unit>& units)
-      : level_(level), pass_(pass), threads_(threads), units_(units), progress_(units.size()) {
+  PackedForward(const Kernels& level, const ForwardPass& pass, int threads, const std::vector<Unit>& units)
+      : level_(level), pass_(pass), work_(units.size()) {
+    std::int64_t tasks = 0;
     std::int64_t most_blocks = 0;
-    std::size_t most_rows = 1;
-    for (const Unit& unit : units) {
-      most_blocks = std::max<std::int64_t>(most_blocks, (unit.sequence.k.length + pass.key_block - 1) / pass.key_block);
-      most_rows = std::max(most_rows, row_ranges(unit).size());
+    for (std::size_t i = 0; i < units.size(); ++i) {
+      plan(units[i], work_[i]);
+      tasks += work_[i].tasks();
+      most_blocks = std::max<std::int64_t>(most_blocks, work_[i].first_block + work_[i].blocks);
     }
-    slot_size_ = most_blocks * pass.packed_block_size;
-    // Short units: enough of them to feed every thread.
-    const std::size_t for_threads = 2 + static_cast<std::size_t>(threads) / most_rows;
-    slots_ = std::min(units.size(), std::max<std::size_t>(for_threads, slot_size_ <= third_unit_limit ? 3 : 2));
-    packed_ = allocate(static_cast<std::int64_t>(slots_) * slot_size_);
+    threads_ = static_cast<int>(std::min<std::int64_t>(threads, tasks));
+    unit_size_ = most_blocks * pass.packed_block_size;
+    packed_ = allocate(std::min(threads_, static_cast<int>(units.size())) * unit_size_);
     scratch_size_ = (level.forward_scratch_size(pass) + 15) / 16 * 16;
-    scratch_ = allocate(scratch_size_ * threads);
-    add_tasks();
+    scratch_ = allocate(threads_ * scratch_size_);
   }
 
   void run() {
-    parallel_for(static_cast<std::int64_t>(tasks_.size()), threads_, [&](std::int64_t i, int slot) {
-      const Task& task = tasks_[static_cast<std::size_t>(i)];
-      if (task.is_packing) {
-        pack(task);
-      } else {
-        compute_rows(task, scratch_.get() + slot * scratch_size_);
+    parallel_for(threads_, threads_, [&](std::int64_t thread, int slot) {
+      float* scratch = scratch_.get() + slot * scratch_size_;
+      float* packed = nullptr;
+      for (std::size_t i; (i = next_unit_.fetch_add(1, std::memory_order_relaxed)) < work_.size();) {
+        if (!packed) packed = packed_.get() + buffers_taken_.fetch_add(1, std::memory_order_relaxed) * unit_size_;
+        work_[i].packed.store(packed, std::memory_order_release);
+        work_on(work_[i], scratch);
       }
+      // Each helper begins elsewhere.
+      for (std::size_t i = 0; i < work_.size(); ++i)
+        work_on(work_[(i + static_cast<std::size_t>(thread)) % work_.size()], scratch);
     });
   }
 
  private:
-  struct Progress {
-    std::int32_t blocks = 0;
-    std::int32_t row_tasks = 0;
-    std::atomic<std::int32_t> blocks_packed{0};
-    std::atomic<std::int32_t> row_tasks_done{0};
-  };
-
-  static void wait_until(const std::atomic<std::int32_t>& value, std::int32_t target) {
-    for (int spins = 0; value.load(std::memory_order_acquire) < target; ++spins) {
-      if (spins > 100) std::this_thread::yield();
-    }
-  }
-
-  /// The heaviest first, so that a unit ends even.
-  std::vector<RowRange> row_ranges(const Unit& unit) const {
+  void plan(const Unit& unit, UnitWork& work) const {
+    const KeyRange seen = visible_keys_of_rows(unit.rule, 0, unit.rule.seqlen_q);
+    work.unit = &unit;
+    work.first_block = seen.begin / pass_.key_block;
+    work.blocks = seen.begin < seen.end ? (seen.end - 1) / pass_.key_block + 1 - work.first_block : 0;
     const std::int32_t rows_per_task = panels_per_task * level_.panel_rows;
-    std::vector<RowRange> ranges;
     for (std::int32_t row = 0; row < unit.packed_rows(); row += rows_per_task) {
-      ranges.push_back({row, std::min(row + rows_per_task, unit.packed_rows())});
+      work.rows.push_back({row, std::min(row + rows_per_task, unit.packed_rows())});
     }
+    // The heaviest first, so that helpers end together.
     const auto cost = [&](const RowRange& rows) {
       const KeyRange keys = visible_keys_of_packed_rows(unit, rows.begin, rows.end);
       return std::int64_t{keys.end - keys.begin} * (rows.end - rows.begin);
     };
-    std::stable_sort(ranges.begin(), ranges.end(), [&](const RowRange& a, const RowRange& b) { return cost(a) > cost(b); });
-    return ranges;
+    std::stable_sort(work.rows.begin(), work.rows.end(),
+                     [&](const RowRange& a, const RowRange& b) { return cost(a) > cost(b); });
   }
 
-  void add_tasks() {
-    for (std::size_t unit = 0; unit < units_.size(); ++unit) {
-      add_packing(unit);
-      if (unit > 0) add_rows(unit - 1);
-    }
-    if (!units_.empty()) add_rows(units_.size() - 1);
-  }
-
-  void add_packing(std::size_t unit) {
-    const KeyRange seen = visible_keys_of_rows(units_[unit].rule, 0, units_[unit].rule.seqlen_q);
-    for (std::int32_t block = seen.begin / pass_.key_block; block * pass_.key_block < seen.end; ++block) {
-      tasks_.push_back({unit, true, block, {}});
-      ++progress_[unit].blocks;
+  // Runs tasks of a unit until all have started.
+  void work_on(UnitWork& work, float* scratch) const {
+    if (work.next_task.load(std::memory_order_relaxed) >= work.tasks()) return;
+    wait_until([&] { return work.packed.load(std::memory_order_acquire) != nullptr; });
+    for (std::int32_t task; (task = work.next_task.fetch_add(1, std::memory_order_relaxed)) < work.tasks();) {
+      if (task < work.blocks) {
+        pack(work, work.first_block + task);
+      } else {
+        compute_rows(work, work.rows[static_cast<std::size_t>(task - work.blocks)], scratch);
+      }
     }
   }
 
-  void add_rows(std::size_t unit) {
-    for (const RowRange& rows : row_ranges(units_[unit])) {
-      tasks_.push_back({unit, false, 0, rows});
-      ++progress_[unit].row_tasks;
-    }
+  void pack(UnitWork& work, std::int32_t block) const {
+    level_.pack_keys_values(pass_, *work.unit, block, work.packed + block * pass_.packed_block_size);
+    work.blocks_packed.fetch_add(1, std::memory_order_release);
   }
 
-  float* packed_keys(std::size_t unit) const { return packed_.get() + static_cast<std::int64_t>(unit % slots_) * slot_size_; }
-
-  void pack(const Task& task) {
-    if (task.unit >= slots_) {  // the unit whose place this one takes
-      const Progress& before = progress_[task.unit - slots_];
-      wait_until(before.row_tasks_done, before.row_tasks);
-    }
-    level_.pack_keys_values(pass_, units_[task.unit], task.block,
-                            packed_keys(task.unit) + task.block * pass_.packed_block_size);
-    progress_[task.unit].blocks_packed.fetch_add(1, std::memory_order_release);
-  }
-
-  void compute_rows(const Task& task, float* scratch) {
-    Progress& progress = progress_[task.unit];
-    wait_until(progress.blocks_packed, progress.blocks);
-    const Unit& unit = units_[task.unit];
-    const KeyRange all_keys = {0, unit.sequence.k.length};
-    level_.forward_rows(
-        pass_, {&unit, packed_keys(task.unit), task.rows.begin, task.rows.end, all_keys, true, {nullptr, nullptr}}, scratch);
-    progress.row_tasks_done.fetch_add(1, std::memory_order_release);
+  void compute_rows(const UnitWork& work, RowRange rows, float* scratch) const {
+    wait_until([&] { return work.blocks_packed.load(std::memory_order_acquire) == work.blocks; });
+    const KeyRange all_keys = {0, work.unit->sequence.k.length};
+    level_.forward_rows(pass_, {work.unit, work.packed, rows.begin, rows.end, all_keys, true, {nullptr, nullptr}}, scratch);
   }
 
   const Kernels& level_;
   const ForwardPass& pass_;
-  int threads_;
-  const std::vector<Unit>& units_;
-  std::vector<Progress> progress_;
-  std::vector<Task> tasks_;
-  std::size_t slots_ = 0;
-  std::int64_t slot_size_ = 0;
+  int threads_ = 1;
+  std::vector<UnitWork> work_;
+  std::atomic<std::size_t> next_unit_{0};
+  std::atomic<std::int64_t> buffers_taken_{0};
+  std::int64_t unit_size_ = 0;
   std::int64_t scratch_size_ = 0;
   Buffer packed_;
   Buffer scratch_;
@@ -154,7 +133,7 @@ class Pipeline {
 }  // namespace
 
 void forward_packed_units(const Kernels& level, const ForwardPass& pass, int threads, const std::vector<Unit>& units) {
-  if (!units.empty()) Pipeline(level, pass, threads, units).run();
+  if (!units.empty()) PackedForward(level, pass, threads, units).run();
 }
 
 }  // namespace flash_attn::cpu

@@ -15,6 +15,8 @@ inline void scale_row(float* row, float scale, int dims) {
 template <class Operand, int M, int N>
 FA_INLINE void matmul_tile(Vec (&acc)[M][N], const float* a, std::int64_t a_row, std::int64_t a_depth, const float* b,
                            std::int64_t b_depth, int depth) {
+  // Unrolled so far that the processor foresees the end of the loop.
+#pragma GCC unroll 4
   for (int k = 0; k < depth; ++k) {
     Vec row[N];
 #pragma GCC unroll 16
