@@ -33,6 +33,9 @@ FA_FN int entry_or(Absent, int, int otherwise) { return otherwise; }
 #ifndef FA_LEFTPAD
 #define cache_leftpad flash_attn::Absent()
 #endif
+#ifndef FA_PAGED
+#define block_table flash_attn::Absent()
+#endif
 #ifndef FA_SINK
 #define learnable_sink flash_attn::Absent()
 #endif

@@ -70,7 +70,7 @@ struct BlockRows {
 /// Packed rows from `first` on; those from `end` on see nothing.
 template <class Lse, class Delta>
 FA_FN void load_block_rows(
-    BlockRows block, const device int* params, Sequence sequence, int kv_head, int first, int end, Lse lse, Delta delta,
+    BlockRows block, Params params, Sequence sequence, int kv_head, int first, int end, Lse lse, Delta delta,
     uint thread_index) {
   for (int i = int(thread_index); i < FA_BQ; i += threads) {
     const QueryRow row = query_of_row(min_of(first + i, end - 1), kv_head);
@@ -84,16 +84,13 @@ FA_FN void load_block_rows(
   }
 }
 
-FA_FN void load_dropout(Absent, const device int*, Sequence, int, int, int, int, Absent, uint, uint, LanePlace) {}
-FA_FN KeepsAll stored_dropout(Absent, const device int*, short, uint) { return {}; }
-
 #ifdef FA_DROPOUT
 static_assert(32 % FA_BK == 0, "one call of Philox serves a block");
 
 /// Of packed rows from `first` on. A call serves all simdgroups' keys, so each makes those of its share of the rows.
 template <class Key>
 FA_FN void load_dropout(
-    threadgroup uint* kept, const device int* params, Sequence sequence, int kv_head, int first, int end, int key, Key philox_key,
+    threadgroup uint* kept, Params params, Sequence sequence, int kv_head, int first, int end, int key, Key philox_key,
     uint simdgroup, uint lane, LanePlace place) {
   for (int t = int(simdgroup); t < row_tiles; t += FA_SIMDGROUPS) {
     const QueryRow query = query_of_row(min_of(first + t * fragment_size + place.row, end - 1), kv_head);
@@ -102,9 +99,12 @@ FA_FN void load_dropout(
   }
 }
 
-FA_FN Dropout stored_dropout(const threadgroup uint* kept, const device int* params, short tile, uint lane) {
+FA_FN Dropout stored_dropout(const threadgroup uint* kept, Params params, short tile, uint lane) {
   return {kept[tile * 32 + int(lane)], dropout_scale(params)};
 }
+#else
+FA_FN void load_dropout(Absent, Params, Sequence, int, int, int, int, Absent, uint, uint, LanePlace) {}
+FA_FN KeepsAll stored_dropout(Absent, Params, short, uint) { return {}; }
 #endif
 
 // Packed rows `first` and on, of q or dout.
@@ -167,7 +167,7 @@ FA_FN void accumulate_atb(
 }
 
 /// Offset of a row of k's slot in a contiguous tensor [batch, rows, heads, dim] or [rows, heads, dim].
-FA_FN long key_offset(const device int* params, int batch, int row, int kv_head, int dim) {
+FA_FN long key_offset(Params params, int batch, int row, int kv_head, int dim) {
 #ifdef FA_VARLEN
   const long place = row;
 #else
@@ -179,7 +179,7 @@ FA_FN long key_offset(const device int* params, int batch, int row, int kv_head,
 /// This lane's elements of a transposed gradient: head dims from `first_dim` on of the keys in its columns.
 template <int dims, int columns, class Pointer>
 FA_FN void store_key_gradient(
-    Pointer to, const device int* params, Sequence sequence, int kv_head, int key, int first_dim,
+    Pointer to, Params params, Sequence sequence, int kv_head, int key, int first_dim,
     thread const Tile<columns>& gradient, float scale, LanePlace place) {
   FA_UNROLL
   for (short i = 0; i < 2; ++i) {
@@ -197,7 +197,7 @@ FA_FN void store_key_gradient(
 /// Rows of the slot that belong to no sequence, every so many from `first` on.
 template <int dims, class Pointer>
 FA_FN void zero_unused_keys(
-    Pointer to, const device int* params, Sequence sequence, int kv_head, int first, int step, uint thread_index) {
+    Pointer to, Params params, Sequence sequence, int kv_head, int first, int step, uint thread_index) {
   for (int i = first; i < unused_rows(sequence.k); i += step) {
     const Pointer row = to + key_offset(params, sequence.batch, unused_row(sequence.k, i), kv_head, dims);
     for (int dim = int(thread_index); dim < dims; dim += threads) row[dim] = FA_T(0.0f);

@@ -25,7 +25,7 @@ FA_FN void drop_non_finite(StoredRows keys, uint thread_index) {
   constexpr int elements = 2 * stored_dims(FA_D);  // of a pair
   for (int i = int(thread_index); i < FA_BK / 2 * elements; i += threads) {
     const int place = i / elements * pair_pitch + i % elements;
-    if (!(metal::abs(float(keys[place])) <= -lowest_score)) keys[place] = FA_T(0.0f);
+    if (!(abs(float(keys[place])) <= -lowest_score)) keys[place] = FA_T(0.0f);
   }
 }
 
@@ -40,24 +40,10 @@ FA_FN void accumulate_query_gradient(
   }
 }
 
-/// Head dims from `first` on of one row.
-template <class Pointer>
-FA_FN void store_query_gradient(
-    Pointer to, thread const Tile<dim_tiles>& dq, int first, float scale, LanePlace place) {
-  FA_UNROLL
-  for (short d = 0; d < dim_tiles; ++d) {
-    FA_UNROLL
-    for (short i = 0; i < 2; ++i) {
-      const int dim = first + d * fragment_size + place.column + i;
-      if (dim < FA_D) to[dim] = FA_T(dq.fragment[d][i] * scale);
-    }
-  }
-}
-
 /// Rows of the slot that belong to no sequence, every so many from `first` on.
 template <class Pointer>
 FA_FN void zero_unused_queries(
-    Pointer to, const device int* params, Sequence sequence, int kv_head, int first, int step, uint thread_index) {
+    Pointer to, Params params, Sequence sequence, int kv_head, int first, int step, uint thread_index) {
   for (int i = first; i < unused_rows(sequence.q); i += step) {
     const Pointer row = to + out_offset(params, sequence.batch, unused_row(sequence.q, i), kv_head * FA_GROUP, FA_D);
     for (int dim = int(thread_index); dim < FA_GROUP * FA_D; dim += threads) row[dim] = FA_T(0.0f);
@@ -144,8 +130,7 @@ for (int key = keys.begin / FA_BK * FA_BK; key < keys.end; key += FA_BK) {
   }
 }
 
+dQ.scale_rows(float_param(params, param_softmax_scale));
 if (tile_begin + place.row < block_end) {
-  store_query_gradient(
-      dq + out_offset(params, sequence.batch, row_in_slot, query.head, FA_D), dQ, dim, float_param(params, param_softmax_scale),
-      place);
+  store_row<FA_T>(dq + out_offset(params, sequence.batch, row_in_slot, query.head, FA_D), dQ, dim, FA_D, place);
 }

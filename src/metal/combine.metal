@@ -33,13 +33,13 @@ const long lse_of_row = lse_offset(params, row / seqlen, row % seqlen, head);
 const long items = long(rows) * heads;
 
 float highest = lowest_score;
-for (int split = lane; split < splits; split += 32) highest = metal::max(highest, lse_partial[split * items + lse_of_row]);
-highest = metal::simd_max(highest);
+for (int split = lane; split < splits; split += 32) highest = max(highest, lse_partial[split * items + lse_of_row]);
+highest = simd_max(highest);
 
 float total = 0.0f;
 float sums[lane_dims] = {};
 for (int split = 0; split < splits; ++split) {
-  const float weight = metal::fast::exp2((lse_partial[split * items + lse_of_row] - highest) * log2_e);
+  const float weight = fast::exp2((lse_partial[split * items + lse_of_row] - highest) * log2_e);
   if (weight == 0.0f) continue;
   total += weight;
   const device float* o = out_partial + (split * items + item) * FA_DV;
@@ -57,4 +57,4 @@ for (short i = 0; i < lane_dims; ++i) {
   const int dim = i * 32 + lane;
   if (dim < FA_DV) result[dim] = FA_T(sums[i] * scale);
 }
-if (lane == 0) lse[lse_of_row] = total == 0.0f ? minus_infinity : highest + metal::log2(total) * ln_2;
+if (lane == 0) lse[lse_of_row] = total == 0.0f ? minus_infinity : highest + log2(total) * ln_2;

@@ -73,9 +73,9 @@ FA_FN KeySlot needed_slot(Keys keys, KeySlot first, int key, int i, KeyRange nee
   return keys.slot_near(first, key, i);
 }
 
-template <int codes, int dims, class Tensor>
-FA_FN Run<KeyElement<codes>, key_run> run_or_zero(Tensor tensor, KeySlot slot, int head, int dim) {
-  Run<KeyElement<codes>, key_run> run;
+template <int dims, class Tensor>
+FA_FN Run<KeyElement, key_run> run_or_zero(Tensor tensor, KeySlot slot, int head, int dim) {
+  Run<KeyElement, key_run> run;
   run.fill(0.0f);
   if (slot.exists() && dim < dims) run = tensor.run(slot, head, dim);
   return run;
@@ -98,11 +98,11 @@ FA_FN uint multiply_by_keys(
     FA_UNROLL
     for (short block = 0; block < key_blocks; ++block) {
       const int dim = dim_begin + block * key_block + place.row * key_run;
-      const auto even_run = run_or_zero<FA_K_CODES, FA_D>(tensor, even, head, dim);
-      const auto odd_run = run_or_zero<FA_K_CODES, FA_D>(tensor, odd, head, dim);
+      const auto even_run = run_or_zero<FA_D>(tensor, even, head, dim);
+      const auto odd_run = run_or_zero<FA_D>(tensor, odd, head, dim);
       FA_UNROLL
       for (short f = 0; f < 8; ++f) {
-        const auto k_fragment = Fragment<KeyElement<FA_K_CODES>>(even_run.values[f], odd_run.values[f]);
+        const auto k_fragment = Fragment<KeyElement>(even_run.values[f], odd_run.values[f]);
         FA_UNROLL
         for (short r = 0; r < row_tiles; ++r) multiply_accumulate(s[r].fragment[j], q[r].fragment[block * 8 + f], k_fragment);
       }
@@ -113,10 +113,10 @@ FA_FN uint multiply_by_keys(
 
 // V of eight keys: this lane's part of every fragment.
 struct Values {
-  Run<KeyElement<FA_V_CODES>, key_run> blocks[value_blocks];
+  Run<KeyElement, key_run> blocks[value_blocks];
 
-  FA_FN Fragment<KeyElement<FA_V_CODES>> fragment(short i) const thread {
-    return Fragment<KeyElement<FA_V_CODES>>(blocks[i / 4].values[i % 4 * 2], blocks[i / 4].values[i % 4 * 2 + 1]);
+  FA_FN Fragment<KeyElement> fragment(short i) const thread {
+    return Fragment<KeyElement>(blocks[i / 4].values[i % 4 * 2], blocks[i / 4].values[i % 4 * 2 + 1]);
   }
 };
 
@@ -128,7 +128,7 @@ FA_FN Values load_values(
   FA_UNROLL
   for (short block = 0; block < value_blocks; ++block) {
     const int dim = dim_begin + block * value_block + place.column / 2 * key_run;
-    values.blocks[block] = run_or_zero<FA_V_CODES, FA_DV>(tensor, slot, head, dim);
+    values.blocks[block] = run_or_zero<FA_DV>(tensor, slot, head, dim);
   }
   return values;
 }
@@ -165,8 +165,8 @@ FA_FN ushort lane_of_place(short row, short column) {
 FA_FN Fragment<float> transposed(Fragment<float> x, LanePlace place) {
   const ushort even = lane_of_place(place.column, place.row);
   const ushort odd = lane_of_place(place.column + 1, place.row);
-  const auto from_even = Fragment<float>(metal::simd_shuffle(x.x, even), metal::simd_shuffle(x.y, even));
-  const auto from_odd = Fragment<float>(metal::simd_shuffle(x.x, odd), metal::simd_shuffle(x.y, odd));
+  const auto from_even = Fragment<float>(simd_shuffle(x.x, even), simd_shuffle(x.y, even));
+  const auto from_odd = Fragment<float>(simd_shuffle(x.x, odd), simd_shuffle(x.y, odd));
   return place.row % 2 == 0 ? Fragment<float>(from_even.x, from_odd.x) : Fragment<float>(from_even.y, from_odd.y);
 }
 
@@ -203,12 +203,10 @@ FA_FN void finish_scores(
   }
 }
 
-FA_FN void drop(thread Scores&, ScoreRow, int, LanePlace, const device int*, Absent) {}
-
 #ifdef FA_DROPOUT
 /// Element by element: tiles begin at any key.
 template <class Key>
-FA_FN void drop(thread Scores& p, ScoreRow row, int key, LanePlace place, const device int* params, Key philox_key) {
+FA_FN void drop(thread Scores& p, ScoreRow row, int key, LanePlace place, Params params, Key philox_key) {
   const uint keep_24 = uint(params[param_dropout_keep_24]);
   FA_UNROLL
   for (short j = 0; j < key_tiles; ++j) {
@@ -220,6 +218,8 @@ FA_FN void drop(thread Scores& p, ScoreRow row, int key, LanePlace place, const 
     }
   }
 }
+#else
+FA_FN void drop(thread Scores&, ScoreRow, int, LanePlace, Params, Absent) {}
 #endif
 
 // ---- simdgroups among each other. What a lane has, the same lane of another simdgroup takes.
@@ -228,14 +228,14 @@ FA_FN int place_in_memory(int tile, uint lane) { return tile * 64 + int(lane) * 
 
 /// S of all parts of the head dims, in the same order everywhere. All simdgroups of the threadgroup call it.
 FA_FN void add_parts(thread Scores (&s)[row_tiles], threadgroup float* memory, int turn, int part, uint lane) {
-  threadgroup_barrier(metal::mem_flags::mem_threadgroup);  // the last tile's were read
+  threadgroup_barrier(mem_flags::mem_threadgroup);  // the last tile's were read
   FA_UNROLL
   for (short i = 0; i < row_tiles * key_tiles; ++i) {
     const int at = place_in_memory((turn * FA_SPLIT_D + part) * row_tiles * key_tiles + i, lane);
     memory[at] = s[i / key_tiles].fragment[i % key_tiles].x;
     memory[at + 1] = s[i / key_tiles].fragment[i % key_tiles].y;
   }
-  threadgroup_barrier(metal::mem_flags::mem_threadgroup);
+  threadgroup_barrier(mem_flags::mem_threadgroup);
   FA_UNROLL
   for (short i = 0; i < row_tiles * key_tiles; ++i) {
     Fragment<float> sum = Fragment<float>(0.0f);
@@ -260,19 +260,19 @@ FA_FN void merge_softmax(
       memory[at + 1] = l;
     }
   }
-  threadgroup_barrier(metal::mem_flags::mem_threadgroup);
+  threadgroup_barrier(mem_flags::mem_threadgroup);
   FA_UNROLL
   for (short r = 0; r < row_tiles; ++r) {
     float m = lowest_score;
     for (int other = 0; other < turns; ++other) {
-      m = metal::max(m, memory[(other * FA_BQ + r * fragment_size + place.row) * 2]);
+      m = max(m, memory[(other * FA_BQ + r * fragment_size + place.row) * 2]);
     }
     float l = 0.0f;
     for (int other = 0; other < turns; ++other) {
       const int at = (other * FA_BQ + r * fragment_size + place.row) * 2;
-      l += memory[at + 1] * metal::fast::exp2(memory[at] - m);
+      l += memory[at + 1] * fast::exp2(memory[at] - m);
     }
-    o[r].scale_rows(metal::fast::exp2(softmax[r].m - m));
+    o[r].scale_rows(fast::exp2(softmax[r].m - m));
     softmax[r] = {m, is_first_of_row(lane) ? l : 0.0f};
   }
 }
@@ -289,7 +289,7 @@ FA_FN void add_outputs(thread Outputs (&o)[row_tiles], threadgroup float* memory
         memory[at + 1] = o[i / value_tiles].fragment[i % value_tiles].y;
       }
     }
-    threadgroup_barrier(metal::mem_flags::mem_threadgroup);
+    threadgroup_barrier(mem_flags::mem_threadgroup);
   }
 }
 
@@ -378,8 +378,16 @@ for (short r = 0; r < row_tiles; ++r) {
 }
 #endif
 const ScoreScale scale = score_scale(params);
-const auto K = key_tensor<FA_K_CODES, FA_D>(k, k_strides, k_scales, k_scales_strides, k_biases, k_biases_strides);
-const auto V = key_tensor<FA_V_CODES, FA_DV>(v, v_strides, v_scales, v_scales_strides, v_biases, v_biases_strides);
+#ifndef FA_K_CODES
+const auto K = key_tensor<FA_D>(k, k_strides);
+const auto V = key_tensor<FA_DV>(v, v_strides);
+#elif FA_K_CODES == 1
+const auto K = int8_tensor<FA_D>(k, k_strides, k_scales, k_scales_strides);
+const auto V = int8_tensor<FA_DV>(v, v_strides, v_scales, v_scales_strides);
+#else
+const auto K = affine_tensor<FA_K_CODES, FA_D>(k, k_strides, k_scales, k_scales_strides, k_biases, k_biases_strides);
+const auto V = affine_tensor<FA_V_CODES, FA_DV>(v, v_strides, v_scales, v_scales_strides, v_biases, v_biases_strides);
+#endif
 
 // Simdgroups that share S stay together to the end.
 const int ahead = FA_SPLIT_D > 1 ? 0 : turn * FA_BK;

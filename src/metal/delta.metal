@@ -12,7 +12,7 @@ FA_FN float row_dot(Out out, Cotangent dout, uint lane) {
     const float o = float(out[d]);
     sum += o == 0.0f ? 0.0f : o * float(dout[d]);
   }
-  return metal::simd_sum(sum);
+  return simd_sum(sum);
 }
 
 }  // namespace flash_attn

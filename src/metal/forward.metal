@@ -14,26 +14,27 @@
 #pragma once
 
 #include "metal/online_softmax.metal"
-#include "metal/query_rows.metal"
 #include "metal/score_tile.metal"
 #include "metal/unused_rows.metal"
 
 namespace flash_attn {
 
 static_assert(FA_BQ * FA_SPLIT_D == FA_SIMDGROUPS * fragment_size, "a simdgroup has eight rows");
+#ifdef FA_DROPOUT
 static_assert(FA_BK <= 32, "one call of Philox serves a block");
+#endif
 
 }  // namespace flash_attn
 
 FA_BODY
 using namespace flash_attn;
-threadgroup Stored k_memory[key_memory_size];
-threadgroup Stored v_memory[value_memory_size];
+threadgroup KeyElement k_memory[key_memory_size];
+threadgroup KeyElement v_memory[value_memory_size];
+#if FA_SPLIT_D > 1
 threadgroup float partial_scores[partial_scores_size];
+#endif
 #ifdef FA_PAGED
 threadgroup short missing_keys[FA_BK];
-#else
-const Absent missing_keys = {};
 #endif
 
 const int kv_head = int(threadgroup_position_in_grid.y);
@@ -67,21 +68,29 @@ const ScoreRow score_row = score_row_of(params, sequence, row, alibi_slopes, att
 const ScoreScale scale = score_scale(params);
 
 const auto places = keys_of(params, sequence, block_table);
+#ifndef FA_K_CODES
+const auto k_rows = key_rows(places, key_tensor<FA_D>(k, k_strides), kv_head);
+const auto v_rows = key_rows(places, key_tensor<FA_DV>(v, v_strides), kv_head);
+#elif FA_K_CODES == 1
+const auto k_rows = key_rows(places, int8_tensor<FA_D>(k, k_strides, k_scales, k_scales_strides), kv_head);
+const auto v_rows = key_rows(places, int8_tensor<FA_DV>(v, v_strides, v_scales, v_scales_strides), kv_head);
+#else
 const auto k_rows = key_rows(
-    places, key_tensor<FA_K_CODES, FA_D>(k, k_strides, k_scales, k_scales_strides, k_biases, k_biases_strides), kv_head);
+    places, affine_tensor<FA_K_CODES, FA_D>(k, k_strides, k_scales, k_scales_strides, k_biases, k_biases_strides), kv_head);
 const auto v_rows = key_rows(
-    places, key_tensor<FA_V_CODES, FA_DV>(v, v_strides, v_scales, v_scales_strides, v_biases, v_biases_strides), kv_head);
-threadgroup Stored* const K = k_memory;
-threadgroup Stored* const V = shares_memory ? k_memory : v_memory;
+    places, affine_tensor<FA_V_CODES, FA_DV>(v, v_strides, v_scales, v_scales_strides, v_biases, v_biases_strides), kv_head);
+#endif
+threadgroup KeyElement* const K = k_memory;
+threadgroup KeyElement* const V = shares_memory ? k_memory : v_memory;
 // This simdgroup's head dims.
 const int dim_begin = part * dim_tiles * fragment_size;
 const int value_dim_begin = part * value_tiles * fragment_size;
 
 Tile<dim_tiles, FA_T> Q;
-load_query(Q, q + query_strides(q_strides).offset(sequence.batch, query, row.head), dim_begin, FA_D, place);
+load_row(Q, q + query_strides(q_strides).offset(sequence.batch, query, row.head), dim_begin, FA_D, place);
 #ifdef FA_QV
 Tile<value_tiles, FA_T> Qv;
-load_query(Qv, qv + query_strides(qv_strides).offset(sequence.batch, query, row.head), value_dim_begin, FA_DV, place);
+load_row(Qv, qv + query_strides(qv_strides).offset(sequence.batch, query, row.head), value_dim_begin, FA_DV, place);
 #endif
 Tile<value_tiles> O;
 O.fill(0.0f);
@@ -102,7 +111,9 @@ for (; key < keys.end; key += FA_BK) {
   KeyLoad next_k;
   threadgroup_barrier(mem_flags::mem_threadgroup);  // K is there; V is free
   if (loads_early && !scores_values) next_v.load(v_rows, key, keys, thread_index);
+#ifdef FA_PAGED
   find_missing(missing_keys, places, key, keys, thread_index);
+#endif
 
   Tile<key_tiles> S;
   S.fill(0.0f);
@@ -110,7 +121,9 @@ for (; key < keys.end; key += FA_BK) {
 #ifdef FA_QV
   if (sees_block) multiply_by_scored_values(S, Qv, V + value_dim_begin, key, seen.some, place);
 #endif
-  if (FA_SPLIT_D > 1) store_part(S, partial_scores, simdgroup, lane);
+#if FA_SPLIT_D > 1
+  store_part(S, partial_scores, simdgroup, lane);
+#endif
 
   if (shares_memory) threadgroup_barrier(mem_flags::mem_threadgroup);
   if (!loads_early && !scores_values) next_v.load(v_rows, key, keys, thread_index);
@@ -119,8 +132,13 @@ for (; key < keys.end; key += FA_BK) {
   if (loads_early) next_k.load(k_rows, key + FA_BK, keys, thread_index);
 
   if (sees_block) {
-    if (FA_SPLIT_D > 1) add_part(S, partial_scores, simdgroup ^ 1u, lane);
-    finish_scores(S, scale, score_row, key, seen, place, attn_mask, missing_keys);
+#if FA_SPLIT_D > 1
+    add_part(S, partial_scores, simdgroup ^ 1u, lane);
+#endif
+    finish_scores(S, scale, score_row, key, seen, place, attn_mask);
+#ifdef FA_PAGED
+    hide_missing(S, missing_keys, place);
+#endif
     const float alpha = online_softmax(S, softmax);
     drop(S, score_row, key, place, params, dropout_key);
     O.scale_rows(alpha);
@@ -139,6 +157,6 @@ for (; key < keys.end; key += FA_BK) {
 const RowEnd end = end_of_row(softmax, dropout_scale(params));
 O.scale_rows(end.scale);
 if (packed_row < block_end) {
-  store_output(out + out_offset(params, sequence.batch, query, row.head, FA_DV), O, value_dim_begin, place);
+  store_row<FA_T>(out + out_offset(params, sequence.batch, query, row.head, FA_DV), O, value_dim_begin, FA_DV, place);
   if (part == 0 && is_first_of_row(lane)) lse[lse_offset(params, sequence.batch, query, row.head)] = end.lse;
 }

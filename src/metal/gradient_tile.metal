@@ -6,7 +6,7 @@
 
 namespace flash_attn {
 
-FA_CONSTANT float infinity = metal::numeric_limits<float>::infinity();
+FA_CONSTANT float infinity = numeric_limits<float>::infinity();
 
 // A query row in the lanes that have it.
 struct GradientRow {
@@ -28,12 +28,6 @@ FA_FN float lse_log2(float lse, KeyRange keys) {
 
 // ---- what dropout multiplies a probability by: 0 or a factor
 
-struct KeepsAll {
-  FA_FN float factor(int) const thread { return 1.0f; }
-};
-
-FA_FN KeepsAll dropout_of(const device int*, ScoreRow, int, Absent) { return {}; }
-
 #ifdef FA_DROPOUT
 // Of one row, in a run of 32 keys: those of one pair in each run of 8.
 struct Dropout {
@@ -45,7 +39,7 @@ struct Dropout {
 
 /// Of the pair of `key`, which is even.
 template <class Key>
-FA_FN uint kept_keys(const device int* params, uint head, uint query, int key, Key philox_key) {
+FA_FN uint kept_keys(Params params, uint head, uint query, int key, Key philox_key) {
   const DropoutCall call = dropout_call(params, philox_key, head, query, uint(key));
   uint kept = 0u;
   FA_UNROLL
@@ -56,9 +50,15 @@ FA_FN uint kept_keys(const device int* params, uint head, uint query, int key, K
 }
 
 template <class Key>
-FA_FN Dropout dropout_of(const device int* params, ScoreRow row, int key, Key philox_key) {
+FA_FN Dropout dropout_of(Params params, ScoreRow row, int key, Key philox_key) {
   return {kept_keys(params, row.dropout_head, row.query, key, philox_key), dropout_scale(params)};
 }
+#else
+struct KeepsAll {
+  FA_FN float factor(int) const thread { return 1.0f; }
+};
+
+FA_FN KeepsAll dropout_of(Params, ScoreRow, int, Absent) { return {}; }
 #endif
 
 // ---- gradients
@@ -77,7 +77,7 @@ FA_FN ScoreGradient score_gradient(
   for (short i = 0; i < 2; ++i) {
     float s = score(dot[i], scale, row.score, key + i, mask);
     if (!every) s = hidden(s, row.score, key + i);
-    const float p = metal::fast::exp2(s - row.lse_log2);
+    const float p = fast::exp2(s - row.lse_log2);
     const float kept = dropout.factor(key + i);
     gradient.p[i] = p * kept;
     // Where P is 0 the key is masked, and so is whatever its V holds.

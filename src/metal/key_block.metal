@@ -10,12 +10,6 @@
 
 namespace flash_attn {
 
-#if FA_K_CODES || FA_V_CODES
-using Stored = float;  // what codes stand for is not rounded
-#else
-using Stored = FA_T;
-#endif
-
 FA_CONSTANT int threads = FA_SIMDGROUPS * 32;
 FA_CONSTANT int threadgroup_memory_limit = 32 * 1024;
 
@@ -27,14 +21,14 @@ FA_CONSTANT int value_tiles = (fragments(FA_DV) + FA_SPLIT_D - 1) / FA_SPLIT_D;
 FA_CONSTANT int stored_dims = dim_tiles * FA_SPLIT_D * fragment_size;
 FA_CONSTANT int stored_value_dims = value_tiles * FA_SPLIT_D * fragment_size;
 FA_CONSTANT int key_pitch = 2 * stored_dims + (stored_dims / fragment_size % 2 == 0 ? 16 : 0);
-FA_CONSTANT int value_pitch = stored_value_dims + 16 / int(sizeof(Stored));
+FA_CONSTANT int value_pitch = stored_value_dims + 16 / int(sizeof(KeyElement));
 FA_CONSTANT int key_block_size = FA_BK / 2 * key_pitch;
 FA_CONSTANT int value_block_size = FA_BK * value_pitch;
 
 // One memory for both where two do not fit beside what simdgroups tell each other.
-FA_CONSTANT int partial_scores_size = FA_SPLIT_D > 1 ? FA_SIMDGROUPS * fragment_size * FA_BK : 1;
+FA_CONSTANT int partial_scores_size = FA_SPLIT_D > 1 ? FA_SIMDGROUPS * fragment_size * FA_BK : 0;
 FA_CONSTANT bool shares_memory =
-    (key_block_size + value_block_size) * int(sizeof(Stored)) + partial_scores_size * 4 > threadgroup_memory_limit;
+    (key_block_size + value_block_size) * int(sizeof(KeyElement)) + partial_scores_size * 4 > threadgroup_memory_limit;
 #ifdef FA_QV
 FA_CONSTANT bool scores_values = true;
 #else
@@ -52,8 +46,8 @@ struct KeyRows {
   int kv_head;
 
   /// Head dims of `key` from `dim` on; zeros unless it is `needed`: NaN may stand in other keys.
-  FA_FN Run<Stored, key_run> run(int key, int dim, KeyRange needed) const thread {
-    Run<Stored, key_run> run = {};
+  FA_FN Run<KeyElement, key_run> run(int key, int dim, KeyRange needed) const thread {
+    Run<KeyElement, key_run> run = {};
     if (!contains(needed, key, key + 1)) return run;
     const KeySlot slot = keys.slot(key);
     if (slot.exists()) run = tensor.run(slot, kv_head, dim);
@@ -82,7 +76,7 @@ FA_FN DealtRun dealt_run(int dims, uint thread_index) {
   return {int(thread_index) / runs, int(thread_index) % runs * key_run};
 }
 
-FA_CONSTANT int no_key = -2;  // nor is the next
+FA_CONSTANT int no_key = -1;
 
 /// Whether there is a row for the thread in this turn.
 template <int rows, int dims>
@@ -92,103 +86,92 @@ FA_FN bool is_dealt(DealtRun first, int turn) {
   return first.row < rows_of_turn && first.row + turn * rows_of_turn < rows;
 }
 
-FA_CONSTANT int key_turns = turns_of(FA_BK / 2, stored_dims);  // of two keys a thread
-FA_CONSTANT int value_turns = turns_of(FA_BK, stored_value_dims);
-
 // A load is asked for before other work and stored after it, unless Q and O leave no registers for that.
-FA_CONSTANT bool loads_early = dim_tiles + value_tiles <= 16 && sizeof(Stored) == 2;
+FA_CONSTANT bool loads_early = dim_tiles + value_tiles <= 16 && sizeof(KeyElement) == 2;
 
-// Of keys [key, key + FA_BK), of which the block's rows see those that are `needed`.
-struct KeyLoad {
-  Run<Stored, key_run> even[key_turns];
-  Run<Stored, key_run> odd[key_turns];
+// What this thread has of every `step`-th key.
+template <int rows, int dims, int step>
+struct DealtRuns {
+  Run<KeyElement, key_run> runs[turns_of(rows, dims)];
 
+  /// Of keys from `key` on, of which the block's rows see those that are `needed`.
   template <class Rows>
-  FA_FN void load(Rows rows, int key, KeyRange needed, uint thread_index) thread {
-    const DealtRun run = dealt_run(stored_dims, thread_index);
+  FA_FN void load(Rows from, int key, KeyRange needed, uint thread_index) thread {
+    const DealtRun run = dealt_run(dims, thread_index);
     FA_UNROLL
-    for (short turn = 0; turn < key_turns; ++turn) {
-      const int dealt_key = key + 2 * run.row + 2 * turn * rows_a_turn(stored_dims);
-      const int even_key = is_dealt<FA_BK / 2, stored_dims>(run, turn) ? dealt_key : no_key;
-      even[turn] = rows.run(even_key, run.dim, needed);
-      odd[turn] = rows.run(even_key + 1, run.dim, needed);
+    for (short turn = 0; turn < turns_of(rows, dims); ++turn) {
+      const int dealt_key = key + step * run.row + step * turn * rows_a_turn(dims);
+      runs[turn] = from.run(is_dealt<rows, dims>(run, turn) ? dealt_key : no_key, run.dim, needed);
     }
   }
+};
 
-  FA_FN void store(threadgroup Stored* k, uint thread_index) const thread {
+struct KeyLoad {
+  DealtRuns<FA_BK / 2, stored_dims, 2> even;
+  DealtRuns<FA_BK / 2, stored_dims, 2> odd;
+
+  template <class Rows>
+  FA_FN void load(Rows from, int key, KeyRange needed, uint thread_index) thread {
+    even.load(from, key, needed, thread_index);
+    odd.load(from, key + 1, needed, thread_index);
+  }
+
+  FA_FN void store(threadgroup KeyElement* k, uint thread_index) const thread {
     const DealtRun run = dealt_run(stored_dims, thread_index);
-    threadgroup Stored* to = k + run.row * key_pitch + 2 * run.dim;
+    threadgroup KeyElement* to = k + run.row * key_pitch + 2 * run.dim;
     FA_UNROLL
-    for (short turn = 0; turn < key_turns; ++turn) {
+    for (short turn = 0; turn < turns_of(FA_BK / 2, stored_dims); ++turn) {
       if (!is_dealt<FA_BK / 2, stored_dims>(run, turn)) break;
       FA_UNROLL
       for (short j = 0; j < key_run; ++j) {
-        to[turn * rows_a_turn(stored_dims) * key_pitch + 2 * j] = even[turn].values[j];
-        to[turn * rows_a_turn(stored_dims) * key_pitch + 2 * j + 1] = odd[turn].values[j];
+        to[turn * rows_a_turn(stored_dims) * key_pitch + 2 * j] = even.runs[turn].values[j];
+        to[turn * rows_a_turn(stored_dims) * key_pitch + 2 * j + 1] = odd.runs[turn].values[j];
       }
     }
   }
 };
 
 struct ValueLoad {
-  Run<Stored, key_run> runs[value_turns];
+  DealtRuns<FA_BK, stored_value_dims, 1> all;
 
   template <class Rows>
-  FA_FN void load(Rows rows, int key, KeyRange needed, uint thread_index) thread {
-    const DealtRun run = dealt_run(stored_value_dims, thread_index);
-    FA_UNROLL
-    for (short turn = 0; turn < value_turns; ++turn) {
-      const int dealt_key = key + run.row + turn * rows_a_turn(stored_value_dims);
-      runs[turn] = rows.run(is_dealt<FA_BK, stored_value_dims>(run, turn) ? dealt_key : no_key, run.dim, needed);
-    }
+  FA_FN void load(Rows from, int key, KeyRange needed, uint thread_index) thread {
+    all.load(from, key, needed, thread_index);
   }
 
-  FA_FN void store(threadgroup Stored* v, uint thread_index) const thread {
+  FA_FN void store(threadgroup KeyElement* v, uint thread_index) const thread {
     const DealtRun run = dealt_run(stored_value_dims, thread_index);
-    threadgroup Stored* to = v + run.row * value_pitch + run.dim;
+    threadgroup KeyElement* to = v + run.row * value_pitch + run.dim;
     FA_UNROLL
-    for (short turn = 0; turn < value_turns; ++turn) {
+    for (short turn = 0; turn < turns_of(FA_BK, stored_value_dims); ++turn) {
       if (!is_dealt<FA_BK, stored_value_dims>(run, turn)) break;
-      runs[turn].store(to + turn * rows_a_turn(stored_value_dims) * value_pitch);
+      all.runs[turn].store(to + turn * rows_a_turn(stored_value_dims) * value_pitch);
     }
   }
 };
 
-// ---- keys in pages that do not exist are invisible
-
-FA_FN bool is_missing(Absent, int) { return false; }
-FA_FN bool is_missing(const threadgroup short* missing, int i) { return missing[i] != 0; }
-
-template <class Keys>
-FA_FN void find_missing(Absent, Keys, int, KeyRange, uint) {}
-template <class Keys>
-FA_FN void find_missing(threadgroup short* missing, Keys keys, int key, KeyRange needed, uint thread_index) {
-  const int i = int(thread_index);
-  if (i < FA_BK) missing[i] = contains(needed, key + i, key + i + 1) && !keys.slot(key + i).exists() ? 1 : 0;
-}
-
 // ---- fragments
 
 /// K^T of eight head dims and eight keys.
-FA_FN Fragment<Stored> key_fragment(const threadgroup Stored* k, int dim, int key, LanePlace place) {
-  return load_fragment<Stored>(k + (key + place.column) / 2 * key_pitch + 2 * (dim + place.row), {0, 0}, 0, 1);
+FA_FN Fragment<KeyElement> key_fragment(const threadgroup KeyElement* k, int dim, int key, LanePlace place) {
+  return load_fragment<KeyElement>(k + (key + place.column) / 2 * key_pitch + 2 * (dim + place.row), {0, 0}, 0, 1);
 }
 
 /// V of eight keys and eight head dims.
-FA_FN Fragment<Stored> value_fragment(const threadgroup Stored* v, int key, int dim, LanePlace place) {
-  return load_fragment<Stored>(v + key * value_pitch + dim, place, value_pitch, 1);
+FA_FN Fragment<KeyElement> value_fragment(const threadgroup KeyElement* v, int key, int dim, LanePlace place) {
+  return load_fragment<KeyElement>(v + key * value_pitch + dim, place, value_pitch, 1);
 }
 
 /// ... transposed, where V is scored too.
-FA_FN Fragment<Stored> transposed_value_fragment(const threadgroup Stored* v, int dim, int key, LanePlace place) {
-  return load_fragment<Stored>(v + key * value_pitch + dim, place, 1, value_pitch);
+FA_FN Fragment<KeyElement> transposed_value_fragment(const threadgroup KeyElement* v, int dim, int key, LanePlace place) {
+  return load_fragment<KeyElement>(v + key * value_pitch + dim, place, 1, value_pitch);
 }
 
 // ---- products
 
 /// S = Q K^T of the fragments that hold keys of `seen`.
 FA_FN void multiply_by_keys(
-    thread Tile<key_tiles>& s, thread const Tile<dim_tiles, FA_T>& q, const threadgroup Stored* k, int key, KeyRange seen,
+    thread Tile<key_tiles>& s, thread const Tile<dim_tiles, FA_T>& q, const threadgroup KeyElement* k, int key, KeyRange seen,
     LanePlace place) {
   FA_UNROLL
   for (short j = 0; j < key_tiles; ++j) {
@@ -204,7 +187,7 @@ FA_FN void multiply_by_keys(
 #ifdef FA_QV
 /// S += Qv V^T, likewise.
 FA_FN void multiply_by_scored_values(
-    thread Tile<key_tiles>& s, thread const Tile<value_tiles, FA_T>& qv, const threadgroup Stored* v, int key, KeyRange seen,
+    thread Tile<key_tiles>& s, thread const Tile<value_tiles, FA_T>& qv, const threadgroup KeyElement* v, int key, KeyRange seen,
     LanePlace place) {
   FA_UNROLL
   for (short j = 0; j < key_tiles; ++j) {
@@ -220,7 +203,7 @@ FA_FN void multiply_by_scored_values(
 
 /// O += P V of the fragments that hold keys of `seen`.
 FA_FN void multiply_by_values(
-    thread Tile<value_tiles>& o, thread const Tile<key_tiles>& p, const threadgroup Stored* v, int key, KeyRange seen,
+    thread Tile<value_tiles>& o, thread const Tile<key_tiles>& p, const threadgroup KeyElement* v, int key, KeyRange seen,
     LanePlace place) {
   FA_UNROLL
   for (short j = 0; j < key_tiles; ++j) {

@@ -26,9 +26,9 @@ FA_FN Range summed_range(int size, int block, int block_size, int count) {
 
 /// Over the lanes that share a column of a fragment.
 FA_FN float column_sum(float x) {
-  x += metal::simd_shuffle_xor(x, 2);
-  x += metal::simd_shuffle_xor(x, 4);
-  return x + metal::simd_shuffle_xor(x, 16);
+  x += simd_shuffle_xor(x, 2);
+  x += simd_shuffle_xor(x, 4);
+  return x + simd_shuffle_xor(x, 16);
 }
 
 /// All columns into the first.

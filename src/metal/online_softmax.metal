@@ -12,27 +12,29 @@ struct SoftmaxRow {
   float l;
 };
 
-FA_FN SoftmaxRow start_softmax(Absent, int, uint) { return {lowest_score, 0.0f}; }
-
+#ifdef FA_SINK
 /// A sink is a key that was seen before all others, whose value is 0.
 template <class Sinks>
 FA_FN SoftmaxRow start_softmax(Sinks sinks, int head, uint lane) {
   const float sink = sinks[head] * log2_e;
-  return {metal::max(sink, lowest_score), sink > lowest_score && is_first_of_row(lane) ? 1.0f : 0.0f};
+  return {max(sink, lowest_score), sink > lowest_score && is_first_of_row(lane) ? 1.0f : 0.0f};
 }
+#else
+FA_FN SoftmaxRow start_softmax(Absent, int, uint) { return {lowest_score, 0.0f}; }
+#endif
 
 /// S to P; m and l go on. Returns alpha, by which O is still to be multiplied.
 template <int columns>
 FA_FN float online_softmax(thread Tile<columns>& s, thread SoftmaxRow& row) {
   float highest = minus_infinity;
   FA_UNROLL
-  for (short j = 0; j < columns; ++j) highest = metal::max(highest, metal::max(s.fragment[j].x, s.fragment[j].y));
-  const float m = metal::max(row.m, row_max(highest));
-  const float alpha = metal::fast::exp2(row.m - m);
+  for (short j = 0; j < columns; ++j) highest = max(highest, max(s.fragment[j].x, s.fragment[j].y));
+  const float m = max(row.m, row_max(highest));
+  const float alpha = fast::exp2(row.m - m);
   float sum = 0.0f;
   FA_UNROLL
   for (short j = 0; j < columns; ++j) {
-    s.fragment[j] = Fragment<float>(metal::fast::exp2(s.fragment[j].x - m), metal::fast::exp2(s.fragment[j].y - m));
+    s.fragment[j] = Fragment<float>(fast::exp2(s.fragment[j].x - m), fast::exp2(s.fragment[j].y - m));
     sum += s.fragment[j].x + s.fragment[j].y;
   }
   row = {m, row.l * alpha + sum};
@@ -48,7 +50,7 @@ struct RowEnd {
 FA_FN RowEnd end_of_row(SoftmaxRow row, float scale) {
   const float l = row_sum(row.l);
   if (l == 0.0f) return {0.0f, minus_infinity};
-  return {scale / l, (row.m + metal::log2(l)) * ln_2};
+  return {scale / l, (row.m + log2(l)) * ln_2};
 }
 
 }  // namespace flash_attn

@@ -7,23 +7,12 @@
 namespace flash_attn {
 
 static_assert(FA_BQ * FA_SPLIT_D == FA_SIMDGROUPS * fragment_size, "a simdgroup has eight rows");
+#ifdef FA_DROPOUT
 static_assert(FA_BK <= 32, "one call of Philox serves a block");
+#endif
 
 FA_CONSTANT int key_tiles = FA_BK / fragment_size;
 FA_CONSTANT int parts_size = FA_SPLIT_D > 1 ? FA_SIMDGROUPS * key_tiles * part_size : 1;
-
-/// Head dims from `first` on of this lane's row; zeros past the last.
-template <int columns, class Pointer>
-FA_FN void load_row(thread Tile<columns, FA_T>& tile, Pointer row, int first, int dims, LanePlace place) {
-  FA_UNROLL
-  for (short d = 0; d < columns; ++d) {
-    FA_UNROLL
-    for (short i = 0; i < 2; ++i) {
-      const int dim = first + d * fragment_size + place.column + i;
-      tile.fragment[d][i] = dim < dims ? row[dim] : FA_T(0.0f);
-    }
-  }
-}
 
 /// A B^T of eight rows in registers and eight that are stored in pairs.
 template <int columns>

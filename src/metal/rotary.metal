@@ -31,7 +31,7 @@ FA_FN Token token_of_row(Starts starts, int row, int, int batches) {
   return {sequence, max_of(row - starts[sequence], 0)};
 }
 
-FA_FN int rotary_position(const device int* params, int base, int index) {
+FA_FN int rotary_position(Params params, int base, int index) {
 #ifdef FA_QUERIES
   return rotary_position_of_query(base, index, false, params[param_window_left], params[param_window_right]);
 #else

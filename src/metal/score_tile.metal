@@ -7,10 +7,9 @@
 namespace flash_attn {
 
 /// Scores of the row's keys from `key` on. `seen`: by the tile's rows.
-template <class Mask, class Missing>
+template <class Mask>
 FA_FN void finish_scores(
-    thread Tile<key_tiles>& s, ScoreScale scale, ScoreRow row, int key, SeenKeys seen, LanePlace place, Mask mask,
-    Missing missing) {
+    thread Tile<key_tiles>& s, ScoreScale scale, ScoreRow row, int key, SeenKeys seen, LanePlace place, Mask mask) {
   const bool edge = !contains(seen.every, key, key + FA_BK);
   FA_UNROLL
   for (short j = 0; j < key_tiles; ++j) {
@@ -24,17 +23,35 @@ FA_FN void finish_scores(
       const int column = first + place.column + i;
       s.fragment[j][i] = score(s.fragment[j][i], scale, row, column, mask);
       if (edge) s.fragment[j][i] = hidden(s.fragment[j][i], row, column);
-      if (is_missing(missing, column - key)) s.fragment[j][i] = minus_infinity;
     }
   }
 }
 
-FA_FN void drop(thread Tile<key_tiles>&, ScoreRow, int, LanePlace, const device int*, Absent) {}
+#ifdef FA_PAGED
+// ---- keys in pages that do not exist are invisible
+
+/// Which those are, of the block from `key` on.
+template <class Keys>
+FA_FN void find_missing(threadgroup short* missing, Keys keys, int key, KeyRange needed, uint thread_index) {
+  const int i = int(thread_index);
+  if (i < FA_BK) missing[i] = contains(needed, key + i, key + i + 1) && !keys.slot(key + i).exists() ? 1 : 0;
+}
+
+FA_FN void hide_missing(thread Tile<key_tiles>& s, const threadgroup short* missing, LanePlace place) {
+  FA_UNROLL
+  for (short j = 0; j < key_tiles; ++j) {
+    FA_UNROLL
+    for (short i = 0; i < 2; ++i) {
+      if (missing[j * fragment_size + place.column + i] != 0) s.fragment[j][i] = minus_infinity;
+    }
+  }
+}
+#endif
 
 #ifdef FA_DROPOUT
 template <class Key>
 FA_FN void drop(
-    thread Tile<key_tiles>& p, ScoreRow row, int key, LanePlace place, const device int* params, Key philox_key) {
+    thread Tile<key_tiles>& p, ScoreRow row, int key, LanePlace place, Params params, Key philox_key) {
   const DropoutCall call = dropout_call(params, philox_key, row.dropout_head, row.query, uint(key + place.column));
   FA_UNROLL
   for (short j = 0; j < key_tiles; ++j) {
@@ -44,6 +61,8 @@ FA_FN void drop(
     }
   }
 }
+#else
+FA_FN void drop(thread Tile<key_tiles>&, ScoreRow, int, LanePlace, Params, Absent) {}
 #endif
 
 // ---- two simdgroups share rows: each adds the other's part of S, lane by lane

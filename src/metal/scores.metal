@@ -9,9 +9,9 @@
 
 namespace flash_attn {
 
-FA_CONSTANT float minus_infinity = -metal::numeric_limits<float>::infinity();
+FA_CONSTANT float minus_infinity = -numeric_limits<float>::infinity();
 
-FA_FN float float_param(const device int* params, Param index) { return as_type<float>(params[index]); }
+FA_FN float float_param(Params params, Param index) { return as_type<float>(params[index]); }
 
 // Scores live in log2 units; with softcap, they are tanh's argument first.
 struct ScoreScale {
@@ -19,7 +19,7 @@ struct ScoreScale {
   float softcap;  // what tanh is multiplied by
 };
 
-FA_FN ScoreScale score_scale(const device int* params) {
+FA_FN ScoreScale score_scale(Params params) {
   const float scale = float_param(params, param_softmax_scale);
 #ifdef FA_SOFTCAP
   const float softcap = float_param(params, param_softcap);
@@ -48,18 +48,17 @@ struct ScoreRow {
 };
 
 /// Axes of size 1 broadcast.
-template <class Shape, class Strides>
 FA_FN long mask_stride(Shape shape, Strides strides, int axis) {
   return shape[axis] == 1 ? 0 : strides[axis];
 }
 
-FA_FN uint dropout_head(const device int* params, int batch, int head) {
+FA_FN uint dropout_head(Params params, int batch, int head) {
   return uint(batch * params[param_heads_q] + head) * 32u;
 }
 
 template <class Slopes, class MaskShape, class MaskStrides>
 FA_FN ScoreRow score_row_of(
-    const device int* params, Sequence sequence, QueryRow row, Slopes slopes, MaskShape mask_shape, MaskStrides mask_strides) {
+    Params params, Sequence sequence, QueryRow row, Slopes slopes, MaskShape mask_shape, MaskStrides mask_strides) {
   ScoreRow score;
   score.keys = visible_keys(sequence.rule, row.query);
 #ifdef FA_ALIBI
@@ -82,7 +81,7 @@ FA_FN ScoreRow score_row_of(
 // A backend's words for the rules. tanh by exp2: precise::tanh costs three times as much, this is exact to 1e-7.
 struct ScoreWords {
   static FA_FN float tanh(float x) {
-    const float e = metal::fast::exp2(metal::clamp(x, -10.0f, 10.0f) * (2.0f * log2_e));
+    const float e = fast::exp2(clamp(x, -10.0f, 10.0f) * (2.0f * log2_e));
     return (e - 1.0f) / (e + 1.0f);
   }
 };
@@ -131,7 +130,7 @@ struct DropoutCall {
 };
 
 template <class Key>
-FA_FN DropoutCall dropout_call(const device int* params, Key key, uint head_offset, uint row, uint column) {
+FA_FN DropoutCall dropout_call(Params params, Key key, uint head_offset, uint row, uint column) {
   const uint32 counter = dropout_counter(head_offset, row, column);
   const uint32 row_tile = row / 16u;
   const uint32 column_tile = column / 32u;
@@ -144,7 +143,7 @@ FA_FN DropoutCall dropout_call(const device int* params, Key key, uint head_offs
 #endif
 
 /// What the probabilities that dropout keeps are multiplied by.
-FA_FN float dropout_scale(const device int* params) {
+FA_FN float dropout_scale(Params params) {
 #ifdef FA_DROPOUT
   return float_param(params, param_dropout_scale);
 #else

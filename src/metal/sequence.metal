@@ -11,6 +11,11 @@
 
 namespace flash_attn {
 
+// What MLX gives of a launch's numbers, and of an array's axes.
+using Params = const device int*;
+using Shape = const constant int*;
+using Strides = const constant int64_t*;
+
 // The slots of all sequences tile a packed tensor. Rows of a slot that are not in use belong to no sequence: its blocks zero
 // them.
 struct SequenceRows {
@@ -28,12 +33,13 @@ struct Sequence {
   MaskRule rule;
 };
 
+#ifdef FA_VARLEN
 /// Where slot i begins: cu_seqlens that run backwards then still tile. Every lane of the simdgroup calls it.
 template <class Starts>
 FA_FN int slot_begin(Starts starts, int slot, int total, uint lane) {
   int begin = 0;
   for (int i = int(lane); i <= slot; i += 32) begin = max_of(begin, starts[i]);
-  return min_of(metal::simd_max(begin), total);
+  return min_of(simd_max(begin), total);
 }
 
 template <class Starts, class Used>
@@ -44,13 +50,14 @@ FA_FN SequenceRows rows_of_sequence(Starts starts, Used used, int batch, int bat
   const int slot_end = clamp_to(starts[batch + 1], extent.begin, total);
   return {extent.begin, extent.length, batch == 0 ? 0 : extent.begin, batch == batches - 1 ? total : slot_end};
 }
-
+#else
 template <class Used>
 FA_FN SequenceRows rows_of_sequence(Absent, Used used, int batch, int, int, int max_seqlen, uint) {
   return {0, clamp_to(entry_or(used, batch, max_seqlen), 0, max_seqlen), 0, max_seqlen};
 }
+#endif
 
-FA_FN MaskRule mask_rule(const device int* params, int seqlen_q, int seqlen_k) {
+FA_FN MaskRule mask_rule(Params params, int seqlen_q, int seqlen_k) {
 #ifdef FA_CHUNK
   const int chunk = params[param_attention_chunk];
 #else
@@ -62,7 +69,7 @@ FA_FN MaskRule mask_rule(const device int* params, int seqlen_q, int seqlen_k) {
 /// Every lane of the simdgroup calls it.
 template <class StartsQ, class StartsK, class UsedQ, class UsedK, class Indices, class Leftpad>
 FA_FN Sequence sequence_of(
-    const device int* params, int batch, uint lane, StartsQ starts_q, StartsK starts_k, UsedQ used_q, UsedK used_k,
+    Params params, int batch, uint lane, StartsQ starts_q, StartsK starts_k, UsedQ used_q, UsedK used_k,
     Indices batch_idx, Leftpad leftpad) {
   const int batches = params[param_batch];
   Sequence sequence;
@@ -115,16 +122,13 @@ struct RowStrides {
 };
 
 /// From the strides of [batch, rows, heads, dim], or packed [rows, heads, dim].
-template <class Strides>
 FA_FN RowStrides dense_strides(Strides strides) {
   return {strides[0], strides[1], strides[2]};
 }
-template <class Strides>
 FA_FN RowStrides packed_strides(Strides strides) {
   return {0, strides[0], strides[1]};
 }
 
-template <class Strides>
 FA_FN RowStrides query_strides(Strides strides) {
 #ifdef FA_VARLEN
   return packed_strides(strides);
@@ -133,7 +137,6 @@ FA_FN RowStrides query_strides(Strides strides) {
 #endif
 }
 
-template <class Strides>
 FA_FN RowStrides key_strides(Strides strides) {
 #ifdef FA_CACHED
   return dense_strides(strides);
@@ -143,7 +146,7 @@ FA_FN RowStrides key_strides(Strides strides) {
 }
 
 /// Of a row of q's slot in a contiguous tensor [batch, rows, heads, dim] or [rows, heads, dim].
-FA_FN long out_offset(const device int* params, int batch, int row, int head, int dim) {
+FA_FN long out_offset(Params params, int batch, int row, int head, int dim) {
 #ifdef FA_VARLEN
   const long place = row;
 #else
@@ -153,7 +156,7 @@ FA_FN long out_offset(const device int* params, int batch, int row, int head, in
 }
 
 /// ... in lse [batch, heads, rows] or [heads, rows].
-FA_FN long lse_offset(const device int* params, int batch, int row, int head) {
+FA_FN long lse_offset(Params params, int batch, int row, int head) {
 #ifdef FA_VARLEN
   return long(head) * params[param_total_q] + row;
 #else

@@ -38,15 +38,15 @@ TileShape choose(std::span<const TileChoice> table, int head_dim) {
 constexpr int simdgroup_threads = 32;
 constexpr int first_generation_with_wide_key_blocks = 15;
 
-// Registers hold Q, O and one S a simdgroup; K and V lie in threadgroup memory, at most 32 KB.
+// Registers hold Q, O and one S a simdgroup; K and V lie in threadgroup memory, at most 32 KB. Where a thread would need many
+// more than the 128 registers of 32 bits that an M1 has, keys are fewer or simdgroups share a head dim.
 constexpr int largest_forward_head_dim = 256;
 
-constexpr TileChoice forward_16_bits[] = {{96, {32, 32, 4, 1}}, {128, {32, 16, 4, 1}}, {256, {32, 16, 8, 2}}};
+constexpr TileChoice forward_16_bits[] = {{64, {32, 32, 4, 1}}, {128, {32, 16, 4, 1}}, {256, {32, 16, 8, 2}}};
 constexpr TileChoice forward_32_bits[] = {{96, {32, 16, 4, 1}}, {128, {32, 16, 4, 1}}, {256, {32, 16, 8, 2}}};
-// Of the backward, more operands stay in registers: simdgroups share a head dim before a thread needs more than the 128
-// registers of 32 bits that an M1 has.
+// Of the backward, more operands stay in registers.
 constexpr TileChoice backward_dq_16_bits[] = {{96, {32, 32, 4, 1}}, {128, {32, 16, 4, 1}}, {256, {32, 16, 8, 2}}};
-constexpr TileChoice backward_dq_32_bits[] = {{96, {32, 16, 4, 1}}, {128, {32, 16, 8, 2}}, {256, {16, 8, 8, 4}}};
+constexpr TileChoice backward_dq_32_bits[] = {{80, {32, 16, 4, 1}}, {128, {32, 16, 8, 2}}, {256, {16, 8, 8, 4}}};
 constexpr TileChoice backward_dkv_16_bits[] = {
     {64, {32, 32, 4, 1}}, {96, {16, 32, 4, 1}}, {192, {16, 32, 8, 2}}, {256, {16, 16, 8, 4}}};
 constexpr TileChoice backward_dkv_32_bits[] = {{64, {16, 32, 4, 1}}, {128, {16, 32, 8, 2}}, {256, {8, 16, 8, 4}}};
@@ -106,7 +106,7 @@ class Defines {
   std::string text_;
 };
 
-/// As key_source.metal counts them.
+/// As quantised_keys.metal counts them.
 int code_kind(int bits, bool affine) {
   if (bits == 0) return 0;
   if (!affine) return 1;

@@ -1,7 +1,6 @@
 #include "metal/texts.h"
 
 #include <algorithm>
-#include <set>
 #include <stdexcept>
 
 #include "metal/text/conditionals.h"

@@ -16,7 +16,7 @@ FA_FN constexpr int fragments(int size) { return (size + fragment_size - 1) / fr
 
 /// The two elements of an 8 x 8 fragment that this lane holds: (row, column) and (row, column + 1).
 template <class T>
-using Fragment = metal::vec<T, 2>;
+using Fragment = vec<T, 2>;
 
 struct LanePlace {
   short row;
@@ -81,13 +81,13 @@ struct Run {
 /// D += A B of three fragments. Products of 16 bits are exact in float32, in which all is added up.
 template <class A, class B>
 FA_FN void multiply_accumulate(thread Fragment<float>& d, Fragment<A> a, Fragment<B> b) {
-  metal::simdgroup_matrix<A, 8, 8> matrix_a;
-  metal::simdgroup_matrix<B, 8, 8> matrix_b;
-  metal::simdgroup_matrix<float, 8, 8> matrix_d;
+  simdgroup_matrix<A, 8, 8> matrix_a;
+  simdgroup_matrix<B, 8, 8> matrix_b;
+  simdgroup_matrix<float, 8, 8> matrix_d;
   reinterpret_cast<thread Fragment<A>&>(matrix_a.thread_elements()) = a;
   reinterpret_cast<thread Fragment<B>&>(matrix_b.thread_elements()) = b;
   reinterpret_cast<thread Fragment<float>&>(matrix_d.thread_elements()) = d;
-  metal::simdgroup_multiply_accumulate(matrix_d, matrix_a, matrix_b, matrix_d);
+  simdgroup_multiply_accumulate(matrix_d, matrix_a, matrix_b, matrix_d);
   d = reinterpret_cast<thread Fragment<float>&>(matrix_d.thread_elements());
 }
 
@@ -98,15 +98,37 @@ FA_FN Fragment<T> load_fragment(Pointer first, LanePlace place, int row_stride, 
   return Fragment<T>(T(first[0]), T(first[column_stride]));
 }
 
+/// This lane's row of a tile: head dims from `first` on, zeros past the last.
+template <int columns, class T, class Pointer>
+FA_FN void load_row(thread Tile<columns, T>& tile, Pointer row, int first, int dims, LanePlace place) {
+  FA_UNROLL
+  for (short d = 0; d < columns; ++d) {
+    const int dim = first + d * fragment_size + place.column;
+    tile.fragment[d] = Fragment<T>(dim < dims ? row[dim] : T(0.0f), dim + 1 < dims ? row[dim + 1] : T(0.0f));
+  }
+}
+
+template <class T, int columns, class Pointer>
+FA_FN void store_row(Pointer row, thread const Tile<columns>& tile, int first, int dims, LanePlace place) {
+  FA_UNROLL
+  for (short d = 0; d < columns; ++d) {
+    FA_UNROLL
+    for (short i = 0; i < 2; ++i) {
+      const int dim = first + d * fragment_size + place.column + i;
+      if (dim < dims) row[dim] = T(tile.fragment[d][i]);
+    }
+  }
+}
+
 /// Over the lanes that share a row of a fragment.
 FA_FN float row_max(float x) {
-  x = metal::max(x, metal::simd_shuffle_xor(x, 1));
-  return metal::max(x, metal::simd_shuffle_xor(x, 8));
+  x = max(x, simd_shuffle_xor(x, 1));
+  return max(x, simd_shuffle_xor(x, 8));
 }
 
 FA_FN float row_sum(float x) {
-  x += metal::simd_shuffle_xor(x, 1);
-  return x + metal::simd_shuffle_xor(x, 8);
+  x += simd_shuffle_xor(x, 1);
+  return x + simd_shuffle_xor(x, 8);
 }
 
 /// One lane of each row, for what is written once a row.

@@ -6,7 +6,7 @@
 namespace flash_attn {
 
 /// Of q, whoever they belong to.
-FA_FN int query_rows(const device int* params) {
+FA_FN int query_rows(Params params) {
 #ifdef FA_VARLEN
   return params[param_total_q];
 #else
@@ -17,7 +17,7 @@ FA_FN int query_rows(const device int* params) {
 /// Those of the sequence's slot, every so many from `first` on.
 template <class Out, class Lse>
 FA_FN void zero_unused_rows(
-    const device int* params, Sequence sequence, int kv_head, int first, int step, Out out, Lse lse, uint thread_index, int threads) {
+    Params params, Sequence sequence, int kv_head, int first, int step, Out out, Lse lse, uint thread_index, int threads) {
   const int head = kv_head * FA_GROUP;
   for (int i = first; i < unused_rows(sequence.q); i += step) {
     const int row = unused_row(sequence.q, i);

@@ -28,8 +28,16 @@ TEST(MetalText, SpacesStayWhereTokensWouldJoin) {
   EXPECT_EQ(squeezed("const  int i = a - -b + +c; // why"), "const int i=a- -b+ +c;\n");
   EXPECT_EQ(squeezed("x = y / *p * 1e-7f + 0x1Eu-2;"), "x=y/ *p*1e-7f+0x1Eu-2;\n");
   EXPECT_EQ(squeezed("vec<vec<T, 2>, 2> v >> 1;"), "vec<vec<T,2>,2>v>>1;\n");
-  EXPECT_EQ(squeezed("call(\n    a,\n    b);\nreturn \"two  words\";"), "call(a,b);\nreturn\"two  words\";\n");
+  EXPECT_EQ(squeezed("call(\n    a,\n    b);\nreturn \"two  words\";"), "call(a,b);return\"two  words\";\n");
   EXPECT_EQ(squeezed("int a;\n#define FA_M _Pragma(\"x\") 1\nFA_M for"), "int a;\n#define FA_M _Pragma(\"x\") 1\nFA_M for\n");
+}
+
+TEST(MetalText, LinesAreNeitherShortNorEndless) {
+  std::string text;
+  for (int i = 0; i < 40; ++i) text += "int a" + std::to_string(10 + i) + " = 0;\n";  // 10 characters each
+  const std::string lines = squeezed(text);
+  EXPECT_EQ(lines.size(), 40 * 10 + 5u);
+  EXPECT_EQ(lines.find('\n'), 80u);
 }
 
 TEST(MetalText, OfAConditionOneBranchStays) {
@@ -57,6 +65,8 @@ TEST(MetalText, AFileIsIncludedOnceAndForeignOnesNever) {
 TEST(MetalText, WhatIsNotUnderstoodIsRefused) {
   EXPECT_THROW(resolved_text("#if FA_A + 1\na\n#endif\n"), std::logic_error);
   EXPECT_THROW(resolved_text("#if (FA_A\na\n#endif\n"), std::logic_error);
+  EXPECT_THROW(resolved_text("#define FA_TWICE(x) x x\n"), std::logic_error);
+  EXPECT_EQ(resolved_text("#define FA_ONE (1)\n"), "#define FA_ONE (1)\n");
 }
 
 TEST(MetalText, MacrosGiveWayToTheirValues) {
@@ -82,10 +92,10 @@ TEST(MetalText, OnlyWhatTheBodyReachesStays) {
       "enum Kept : int { one };\n"
       "}\n";
   EXPECT_EQ(squeezed(reachable(tokens_of(declarations), tokens_of("Used u; u.called(); direct(u);")), {}),
-            "struct Used{int a;int b[2];int called(){return a;}};\n"
+            "struct Used{int a;int b[2];int called(){return a;}};"
             "template<class A,class B=Outer<Inner<A>>>int direct(A a){return indirect(a);}\n"
-            "int indirect(int a){return constant_of_it;}\n"
-            "int indirect(Used a){return 0;}\n"
+            "int indirect(int a){return constant_of_it;}"
+            "int indirect(Used a){return 0;}"
             "constant constexpr int constant_of_it=f(2);\n"
             "enum Kept:int{one};\n");
 }

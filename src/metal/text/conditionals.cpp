@@ -14,6 +14,8 @@ namespace {
 /// What a name stands for: the first token after it, if any.
 using Macros = std::map<std::string_view, std::string_view>;
 
+[[noreturn]] void fail(const char* what) { throw std::logic_error(std::string("[flash_attn] in a Metal source: ") + what); }
+
 /// Of an #if: numbers, names, defined, parentheses, !, comparisons, && and ||.
 class Expression {
  public:
@@ -21,7 +23,7 @@ class Expression {
 
   bool holds() {
     const bool value = either() != 0;
-    if (!tokens_.empty()) fail();
+    if (!tokens_.empty()) fail("an #if that is not understood");
     return value;
   }
 
@@ -53,13 +55,13 @@ class Expression {
     if (accept("!")) return static_cast<int>(operand() == 0);
     if (accept("(")) {
       const int value = either();
-      if (!accept(")")) fail();
+      if (!accept(")")) fail("an #if that is not understood");
       return value;
     }
     if (accept("defined")) {
       const bool has_parentheses = accept("(");
       const bool is_defined = macros_.contains(next());
-      if (has_parentheses && !accept(")")) fail();
+      if (has_parentheses && !accept(")")) fail("an #if that is not understood");
       return static_cast<int>(is_defined);
     }
     return value_of(next());
@@ -80,13 +82,11 @@ class Expression {
   }
 
   std::string_view next() {
-    if (tokens_.empty()) fail();
+    if (tokens_.empty()) fail("an #if that is not understood");
     const std::string_view text = tokens_.front().text;
     tokens_ = tokens_.subspan(1);
     return text;
   }
-
-  [[noreturn]] static void fail() { throw std::logic_error("[flash_attn] an #if of a Metal text that is not understood"); }
 
   std::span<const Token> tokens_;
   const Macros& macros_;
@@ -134,6 +134,7 @@ class Resolver {
     } else if (is_seen() && directive == "include") {
       include(rest);
     } else if (is_seen() && directive == "define") {
+      if (rest.size() > 1 && rest[1].text == "(" && rest[1].space.empty()) fail("a #define with parameters");
       macros_[rest[0].text] = rest.size() > 1 ? rest[1].text : std::string_view();
       return false;
     }

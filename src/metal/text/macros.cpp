@@ -1,8 +1,7 @@
 #include "metal/text/macros.h"
 
-#include <algorithm>
-#include <map>
 #include <span>
+#include <unordered_map>
 
 #include "metal/text/short_names.h"
 
@@ -11,11 +10,12 @@ namespace {
 
 using Value = std::span<const Token>;
 
+/// Once what it has of our names is short.
 bool is_short(Value value) {
   constexpr std::size_t most_letters = 8;
   std::size_t letters = 0;
   for (const Token& token : value) {
-    if (token.is_name() && !is_foreign(token.text)) return true;  // it will be
+    if (token.is_name() && !is_foreign(token.text)) return true;
     letters += token.text.size();
   }
   return letters <= most_letters;
@@ -43,7 +43,7 @@ class Values {
   }
 
  private:
-  std::map<std::string_view, Tokens> values_;
+  std::unordered_map<std::string_view, Tokens> values_;
 };
 
 }  // namespace

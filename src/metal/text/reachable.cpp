@@ -1,7 +1,7 @@
 #include "metal/text/reachable.h"
 
 #include <algorithm>
-#include <set>
+#include <unordered_set>
 
 namespace flash_attn::metal {
 namespace {
@@ -117,7 +117,7 @@ class Pieces {
 
   const Tokens& tokens_;
   std::vector<Piece> pieces_;
-  std::set<std::string_view> mentioned_;
+  std::unordered_set<std::string_view> mentioned_;
 };
 
 }  // namespace

@@ -1,6 +1,7 @@
 #include "metal/text/short_names.h"
 
 #include <algorithm>
+#include <unordered_map>
 #include <utility>
 #include <vector>
 
@@ -8,7 +9,7 @@ namespace flash_attn::metal {
 namespace {
 
 /// Names in our texts that are not ours. One that is missing here is renamed, and its text does not compile, on Linux either.
-const std::set<std::string_view> foreign = {
+const std::unordered_set<std::string_view> foreign = {
     // C++
     "auto", "bool", "break", "char", "class", "const", "constexpr", "continue", "do", "else", "enum", "false", "float", "for",
     "if", "inline", "int", "long", "namespace", "operator", "or", "reinterpret_cast", "return", "short", "sizeof", "static",
@@ -16,8 +17,8 @@ const std::set<std::string_view> foreign = {
     // the preprocessor
     "_Pragma", "define",
     // Metal and MLX
-    "METAL_FUNC", "as_type", "bfloat16_t", "constant", "device", "half", "metal", "thread", "threadgroup", "uchar", "uint",
-    "ulong", "ushort", "vec", "w", "x", "y", "z",
+    "METAL_FUNC", "as_type", "bfloat16_t", "constant", "device", "half", "int64_t", "metal", "thread", "threadgroup", "uchar",
+    "uint", "ulong", "ushort", "vec", "w", "x", "y", "z",
     // in namespace metal
     "abs", "clamp", "conditional_t", "exp2", "fast", "infinity", "log2", "max", "mem_flags", "mem_threadgroup", "mulhi",
     "numeric_limits", "precise", "rint", "simd_max", "simd_shuffle", "simd_shuffle_xor", "simd_sum", "simdgroup_matrix",
@@ -41,15 +42,16 @@ constexpr std::string_view macro_prefix = "FA_";
 
 bool is_foreign(std::string_view name) { return foreign.contains(name); }
 
-std::map<std::string_view, std::string> short_names(const Tokens& text, const std::set<std::string_view>& kept) {
-  std::map<std::string_view, int> uses;
+Names short_names(const Tokens& text, const std::unordered_set<std::string_view>& kept) {
+  std::unordered_map<std::string_view, int> uses;
   for (const Token& token : text) {
     if (token.is_name() && !is_foreign(token.text) && !kept.contains(token.text)) ++uses[token.text];
   }
   std::vector<std::pair<std::string_view, int>> by_uses(uses.begin(), uses.end());
-  std::stable_sort(by_uses.begin(), by_uses.end(), [](const auto& a, const auto& b) { return a.second > b.second; });
+  std::sort(by_uses.begin(), by_uses.end(),
+            [](const auto& a, const auto& b) { return std::pair(-a.second, a.first) < std::pair(-b.second, b.first); });
 
-  std::map<std::string_view, std::string> names;
+  Names names;
   std::size_t number = 0;
   for (const auto& [name, count] : by_uses) {
     std::string short_name;

@@ -1,10 +1,8 @@
 // Names of a letter or two for everything that is ours in a text.
 #pragma once
 
-#include <map>
-#include <set>
-#include <string>
 #include <string_view>
+#include <unordered_set>
 
 #include "metal/text/tokens.h"
 
@@ -14,6 +12,6 @@ namespace flash_attn::metal {
 bool is_foreign(std::string_view name);
 
 /// By the name as written: the more often one is used, the shorter. Foreign ones and `kept` stay what they are.
-std::map<std::string_view, std::string> short_names(const Tokens& text, const std::set<std::string_view>& kept);
+Names short_names(const Tokens& text, const std::unordered_set<std::string_view>& kept);
 
 }  // namespace flash_attn::metal

@@ -1,14 +1,13 @@
 #include "metal/text/tokens.h"
 
 #include <algorithm>
-#include <cctype>
 #include <initializer_list>
 
 namespace flash_attn::metal {
 namespace {
 
-bool is_digit(char c) { return std::isdigit(static_cast<unsigned char>(c)) != 0; }
-bool is_of_word(char c) { return std::isalnum(static_cast<unsigned char>(c)) != 0 || c == '_'; }
+bool is_digit(char c) { return '0' <= c && c <= '9'; }
+bool is_of_word(char c) { return ('a' <= c && c <= 'z') || ('A' <= c && c <= 'Z') || is_digit(c) || c == '_'; }
 
 std::size_t length_of_number(std::string_view text) {
   const bool is_hexadecimal = text.substr(0, 2) == "0x";
@@ -22,6 +21,8 @@ std::size_t length_of_number(std::string_view text) {
 
 /// Not >>, which may close two templates: two neighbours mean the same.
 std::size_t length_of_operator(std::string_view text) {
+  constexpr std::string_view second_characters = "=:>+-&|<";
+  if (text.size() < 2 || second_characters.find(text[1]) == std::string_view::npos) return 1;
   for (const std::string_view op : {"<<=", "::", "->", "++", "--", "&&", "||", "==", "!=", "<=",
                                     ">=",  "<<", "+=", "-=", "*=", "/=", "%=", "&=", "|=", "^="}) {
     if (text.substr(0, op.size()) == op) return op.size();
@@ -87,17 +88,20 @@ std::string as_read(const Tokens& tokens) {
   return text + '\n';
 }
 
-std::string squeezed(const Tokens& tokens, const std::map<std::string_view, std::string>& names) {
+std::string squeezed(const Tokens& tokens, const Names& names) {
+  constexpr std::size_t enough_of_line = 80;
   std::string text;
+  std::size_t line = 0;
   bool is_directive = false;
   for (std::size_t i = 0; i < tokens.size(); ++i) {
     const Token& token = tokens[i];
     const bool begins_directive = token.starts_line && token.text == "#";
     if (i > 0) {
-      const char before = text.back();
-      const bool ends_statement = token.starts_line && (before == ';' || before == '}');
-      if (begins_directive || (is_directive && token.starts_line) || ends_statement) {
+      const bool ends_statement = token.starts_line && (text.back() == ';' || text.back() == '}');
+      const bool ends_line = ends_statement && text.size() - line >= enough_of_line;
+      if (begins_directive || (is_directive && token.starts_line) || ends_line) {
         text += '\n';
+        line = text.size();
       } else if (need_space(tokens[i - 1], token) || (is_directive && !token.space.empty())) {
         text += ' ';
       }

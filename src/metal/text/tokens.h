@@ -1,9 +1,9 @@
 // A Metal text between reading and writing it: its words, numbers and operators.
 #pragma once
 
-#include <map>
 #include <string>
 #include <string_view>
+#include <unordered_map>
 #include <vector>
 
 namespace flash_attn::metal {
@@ -19,6 +19,9 @@ struct Token {
 
 using Tokens = std::vector<Token>;
 
+/// By what they replace.
+using Names = std::unordered_map<std::string_view, std::string>;
+
 /// Comments are dropped.
 Tokens tokens_of(std::string_view text);
 
@@ -30,6 +33,6 @@ std::string as_read(const Tokens& tokens);
 
 /// No space that C++ can do without, and other names where `names` has them. Lines still end with a statement: errors name
 /// them.
-std::string squeezed(const Tokens& tokens, const std::map<std::string_view, std::string>& names);
+std::string squeezed(const Tokens& tokens, const Names& names);
 
 }  // namespace flash_attn::metal

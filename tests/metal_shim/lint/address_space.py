@@ -40,7 +40,7 @@ def for_clang(text: str) -> str:
     """The same lines, with what clang has no words for said otherwise, or not at all."""
     text = re.sub(r"^\s*#\s*include\s*<\w+>", "", text, flags=re.MULTILINE)
     text = re.sub(r"\[\[[^\[\]]*\]\]", "", text)
-    text = re.sub(r"^(\s*)threadgroup(\s+\w+\s+\w+\s*\[)", r"\1static threadgroup\2", text, flags=re.MULTILINE)
+    text = re.sub(r"(^|[;{}])(\s*)threadgroup(\s+\w+\s+\w+\s*\[)", r"\1\2static threadgroup\3", text, flags=re.MULTILINE)
     return _vectors_as_calls(text)
 
 

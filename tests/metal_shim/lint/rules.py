@@ -142,6 +142,11 @@ def macros_begin_with_fa(text: str) -> Iterator[str]:
             yield f"#define {name}{value}"
 
 
+def nothing_is_named_thread(text: str) -> Iterator[str]:
+    """It is an address space, which the shim's compiler does not see: `uint thread` is a parameter without a name there."""
+    yield from re.findall(r"\b(?!const\b)\w+[>&*]*\s+thread\s*[,)=;[][^\n]*", text)
+
+
 def kernels_are_attributed(text: str) -> Iterator[str]:
     """MLX writes [[kernel]]; the keyword `kernel` would shadow it."""
     yield from re.findall(r"^\s*kernel\s+void[^\n]*", text, flags=re.MULTILINE)
@@ -204,6 +209,7 @@ RULES: tuple[Rule, ...] = (
     functions_do_not_call_themselves,
     swizzles_are_plain,
     macros_begin_with_fa,
+    nothing_is_named_thread,
     kernels_are_attributed,
     collectives_meet_all_lanes,
     matrices_are_plain,

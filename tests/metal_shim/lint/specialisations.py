@@ -25,6 +25,7 @@ import support  # noqa: E402
 from kernel_text import flatten  # noqa: E402
 from metal_support import metal_graph  # noqa: E402
 from test_kvcache_quantised import FORMATS, quantised  # noqa: E402
+from test_paged_varlen import paged  # noqa: E402
 
 from flash_attn import flash_attn_with_kvcache  # noqa: E402
 
@@ -32,6 +33,7 @@ HEAD_DIMS = ((8, 8), (33, 33), (64, 64), (80, 80), (96, 96), (128, 128), (192, 1
 CACHE_HEAD_DIMS = (*HEAD_DIMS, (576, 512))
 COMBINATIONS = 24
 READABLE = "_readable"
+ALL_FEATURES = frozenset(combinations.FEATURES) - {"boolean_mask"}  # a call has one mask
 
 
 def recorded(readable: bool = False) -> dict[str, str]:
@@ -43,6 +45,26 @@ def recorded(readable: bool = False) -> dict[str, str]:
             mx.eval(flash_attn_with_kvcache(**kvcache_support.copied(arguments), return_softmax_lse=True))
         texts = dict(module.recorded_texts())
     return {name.removesuffix(READABLE): text for name, text in texts.items() if name.endswith(READABLE) == readable}
+
+
+def recorded_at_once() -> dict[str, str]:
+    """Texts of calls that use all that goes together at once."""
+    random = np.random.default_rng(20220527)
+    dense = combinations.build(random, ALL_FEATURES, mx.bfloat16)
+    dense["seqused_q"] = support.integers(3, 0, 1)
+    pages = paged(random, combinations.build(random, ALL_FEATURES, mx.bfloat16), 16)
+    cached = [kvcache_combinations.build(random, frozenset(kvcache_combinations.FEATURES), mx.bfloat16) for _ in range(4)]
+    coded = kvcache_support.cache_call(random, 3, 2, 75, 4, 1, 64, dtype=mx.bfloat16)
+    coded |= {name: cached[0][name] for name in ("softcap", "attention_chunk", "window_size", "num_splits")}
+    coded |= {"learnable_sink": mx.zeros(4), "alibi_slopes": mx.zeros(4), "cache_leftpad": mx.zeros(3, mx.int32)}
+    coded = quantised(kvcache_support.page(random, coded, 16), "mlx4")
+    with metal_graph("record") as module:
+        before = module.recorded_texts()
+        support.run(dense, support.cotangents_of(dense, np.random.default_rng(1)))
+        mx.eval(support.attention(**pages))
+        for arguments in (*cached, coded):
+            mx.eval(flash_attn_with_kvcache(**kvcache_support.copied(arguments), return_softmax_lse=True))
+        return {name: text for name, text in module.recorded_texts().items() if name not in before}
 
 
 def dense_calls() -> Iterator[dict[str, Any]]:

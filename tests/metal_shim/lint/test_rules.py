@@ -47,6 +47,10 @@ BROKEN = {
     "functions_do_not_call_themselves": [("float sum = 0.0f", "float sum = sum_of(values + 1, n)")],
     "swizzles_are_plain": [("row.w", "row.wzyx.x"), ("row.w", "row.b")],
     "macros_begin_with_fa": [("constant constexpr float half_of_all", "#define B 3\nconstant constexpr float half_of_all")],
+    "nothing_is_named_thread": [
+        ("METAL_FUNC void add(thread float& sum, float x)", "METAL_FUNC void add(thread float& sum, float thread)"),
+        ("float sum = 0.0f", "uint thread = 3; float sum = 0.0f"),
+    ],
     "kernels_are_attributed": [("[[kernel]] void", "kernel void")],
     "collectives_meet_all_lanes": [
         ("  threadgroup_barrier", "  if (thread_index_in_simdgroup < 3) threadgroup_barrier"),

@@ -6,8 +6,10 @@ import re
 
 import pytest
 import specialisations
+from address_space import errors_of
 from kernel_text import SOURCES
 from metal_support import shim
+from rules import MOST_BYTES
 
 
 @pytest.fixture(scope="module")
@@ -18,6 +20,14 @@ def texts() -> dict[str, str]:
 
 def test_a_text_that_is_sent_has_one_for_people(texts):
     assert specialisations.recorded().keys() == texts.keys()
+
+
+def test_a_text_with_all_features_at_once_is_sound_and_not_much_longer():
+    shim()
+    texts = specialisations.recorded_at_once()
+    assert max(len(text.encode()) for text in texts.values()) <= 1.2 * MOST_BYTES
+    for text in texts.values():
+        assert errors_of(text) == ""
 
 
 def test_every_kernel_is_recorded(texts):
