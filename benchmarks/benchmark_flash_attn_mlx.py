@@ -1,8 +1,10 @@
-"""Times flash attention on real MLX arrays beside MLX's own SDPA, the composition of MLX ops, PyTorch where it is installed,
-and the ceilings of this machine, measured in the same run.
+"""Times flash attention on real MLX arrays beside MLX's own SDPA, the composition of MLX ops, what is installed of PyTorch,
+ONNX Runtime and OpenVINO, and the ceilings of this machine, measured in the same run.
 
   python benchmarks/benchmark_flash_attn_mlx.py --quick
-  python benchmarks/benchmark_flash_attn_mlx.py --seqlen 1024 4096 --head-dim 128 --dtype bfloat16 --feature plain "softcap 30"
+  python benchmarks/benchmark_flash_attn_mlx.py --sections features pairs
+  python benchmarks/benchmark_flash_attn_mlx.py --sections all --json results.json
+  python benchmarks/benchmark_flash_attn_mlx.py --seqlen 1024 4096 --head-dim 128 --dtype bfloat16 --feature plain softcap
   python benchmarks/benchmark_flash_attn_mlx.py --kv-bench --kv-live-lengths 512 4096 --kv-page-sizes 16
 
 GFLOP/s count 4 * batch * heads * head_dim flops a visible (query, key) pair forward, and 2.5 times that backward.
@@ -11,54 +13,39 @@ GFLOP/s count 4 * batch * heads * head_dim flops a visible (query, key) pair for
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import platform
-import subprocess
 import sys
-from dataclasses import dataclass, field
+import time
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 import ceilings as ceiling_program
-import decode
-import decode_peers
 import report
-from cases import (
-    DECODE_DTYPES,
-    DECODE_SHAPES,
-    DTYPE_NAMES,
-    FEATURES,
-    FORWARD,
-    FORWARD_BACKWARD,
-    PASSES,
-    Case,
-    KvConfig,
-    grid_cases,
-    quick_cases,
-)
+from attention import warm_up
+from case import DTYPE_NAMES, FEATURES, FORWARD, FORWARD_BACKWARD, PASSES, Case, KvConfig
+from cases import OTHER_SECTIONS, SECTIONS, grid_cases, section_cases
 from ceilings import Ceilings
 from kv_bench import kv_configs, run_kv_config
-from onnxruntime_peer import OnnxRuntime
-from openvino_peer import OpenVino
-from peers import Implementation, Ours, Reference, Sdpa, Torch, make_inputs
-from targets import evaluate, evaluate_decode
-from timing import Timing, first_run, interleave
+from peers import PEERS, make_peers
+from sweep import Sweep
+from targets import Target
 
-HERE = Path(__file__).resolve().parent
-OUTPUT = HERE.parent / "bench-out"
-PEERS = ("sdpa", "reference", "torch", "onnxruntime", "openvino")
-
-Row = dict[str, Any]
+OUTPUT = Path(__file__).resolve().parent.parent / "bench-out"
+FAST_PEERS = ("torch", "onnxruntime", "openvino")
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="the fixed set of `make bench`; the shape options are ignored")
+    tables = parser.add_argument_group("tables of cases; the shape options are ignored")
+    tables.add_argument("--quick", action="store_true", help="the part of them that `make bench` has minutes for")
+    tables.add_argument("--sections", nargs="+", choices=("all", *SECTIONS), help="these, whole; with --quick its part of them")
     shapes = parser.add_argument_group("shapes, every combination of which is a case")
     shapes.add_argument("--batch", type=int, default=1)
     shapes.add_argument("--heads", type=int, default=8)
@@ -80,7 +67,9 @@ def parse_arguments() -> argparse.Namespace:
     kv.add_argument("--kv-page-sizes", type=int, nargs="+", default=[16, 128], metavar="P")
     kv.add_argument("--kv-seqlen-q", type=int, default=1, metavar="N", help="queries of each sequence, its last tokens")
     kv.add_argument("--kv-bench-iters", type=int, default=20, metavar="N", help="as --iters")
-    parser.add_argument("--peers", nargs="*", choices=PEERS, help="what to time beside ours (default: torch; --quick: its own)")
+    parser.add_argument(
+        "--peers", nargs="*", choices=PEERS, help="what to time beside ours (default: all; of shapes: the fast ones)"
+    )
     parser.add_argument("--iters", type=int, default=5, help="interleaved rounds after the first run; the fastest counts")
     parser.add_argument(
         "--json", type=Path, metavar="FILE", help="(default: bench-out/attention.json, --kv-bench: kv_cache.json)"
@@ -101,20 +90,24 @@ def parse_arguments() -> argparse.Namespace:
     return args
 
 
-def chosen_cases(args: argparse.Namespace) -> list[Case]:
-    if args.quick:
-        return quick_cases()
+def chosen_sections(args: argparse.Namespace) -> list[str]:
+    """Empty for a grid of shapes."""
+    if args.sections:
+        return [name for name in SECTIONS if name in args.sections or "all" in args.sections]
+    return list(SECTIONS) if args.quick else []
+
+
+def chosen_grid(args: argparse.Namespace) -> list[Case]:
     passes = [FORWARD] * args.forward + [FORWARD_BACKWARD] * args.backward or list(PASSES)
-    peers = ("torch",) if args.peers is None else tuple(args.peers)
     return grid_cases(
         args.batch, args.heads, args.heads_k or args.heads, args.seqlen, args.head_dim or [64, 128], args.dtype or ["float32"],
-        args.feature, passes, not args.full, peers,
+        args.feature, passes, not args.full,
     )  # fmt: skip
 
 
 def chosen_kv_configs(args: argparse.Namespace) -> list[KvConfig]:
     lengths = (args.kv_batch_sizes, args.kv_live_lengths, args.kv_max_cache_lengths, args.kv_page_sizes)
-    if args.quick:
+    if not args.kv_bench:
         return kv_configs(*lengths, seqlen_q=args.kv_seqlen_q)
     return [
         config
@@ -139,61 +132,6 @@ def describe_machine(threads: int) -> dict[str, Any]:
     return {"cpu": cpu, "threads": threads, "mlx": version("mlx"), "python": platform.python_version()}
 
 
-def row_of(case: Case, implementation: str, timing: Timing, plain: Timing | None) -> Row:
-    row: Row = {
-        "section": case.section, "feature": case.feature, "label": case.label, "steps": case.steps, "dtype": case.dtype,
-        "batch": case.batch, "heads": case.heads, "heads_k": case.heads_k, "seqlen": case.seqlen, "head_dim": case.head_dim,
-        "causal": case.causal, "implementation": implementation, "ms": timing.seconds * 1e3, "runs": timing.runs,
-        "once": timing.runs == 1, "gflops": case.flops() / timing.seconds * 1e-9, "of_plain": None,
-        "mlx_peak_mib": timing.peak.mlx_bytes / 2**20,
-        "process_peak_mib": None if timing.peak.process_bytes is None else timing.peak.process_bytes / 2**20,
-    }  # fmt: skip
-    if plain is not None:
-        row["of_plain"] = (plain.seconds / case.plain.visible_pairs()) / (timing.seconds / case.visible_pairs())
-    return row
-
-
-def warm_up(implementations: dict[str, Implementation]) -> None:
-    """A first call loads libraries and starts threads; a peer that runs once must not pay for that."""
-    tiny = Case("shapes", heads=1, heads_k=1, seqlen=8, head_dim=8, steps=FORWARD_BACKWARD)
-    inputs = make_inputs(tiny)
-    for implementation in implementations.values():
-        if not implementation.missing(tiny):
-            implementation.prepare(tiny, inputs)()
-
-
-def run_case(case: Case, implementations: dict[str, Implementation], iters: int) -> tuple[list[Row], dict[str, str]]:
-    """Rows of one case, ours first, and by peer why it has none."""
-    inputs = make_inputs(case)
-    ours = implementations["ours"]
-    calls = {"ours": ours.prepare(case, inputs)}
-    if case.compare_with_plain:
-        calls["plain"] = ours.prepare(case.plain, make_inputs(case.plain))
-    timings = {name: first_run(call) for name, call in calls.items()}
-    missing = {}
-    for name in case.peers:
-        reason = implementations[name].missing(case)
-        if not reason:
-            try:
-                call = implementations[name].prepare(case, inputs)
-                timings[name] = first_run(call)
-                calls[name] = call
-            except (RuntimeError, ValueError) as error:  # a peer's limits are not ours to know; its message says them
-                reason = f"{case.label} {case.steps}: {error}"
-        if reason:
-            missing[name] = reason
-    interleave(calls, timings, once_if_slow=case.peers, iters=iters)
-    plain = timings.pop("plain", None)
-    rows = [row_of(case, name, timing, plain if name == "ours" else None) for name, timing in timings.items()]
-    return rows, missing
-
-
-def measure_memory() -> Row:
-    command = [sys.executable, str(HERE / "peak_memory.py")]
-    measured: Row = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
-    return measured
-
-
 def write_json(path: Path, results: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(results, indent=1))
@@ -208,74 +146,24 @@ def run_kv_bench(args: argparse.Namespace, console: Console, core: Any) -> int:
     return 0
 
 
-@dataclass
-class Results:
-    cases: list[Row] = field(default_factory=list)
-    gaps: dict[str, dict[str, None]] = field(default_factory=lambda: {peer: {} for peer in PEERS})
-    # Of --quick only:
-    memory: Row | None = None
-    decode: list[Row] = field(default_factory=list)
-    append_us: dict[str, float] = field(default_factory=dict)
-    kv_bench: list[Row] = field(default_factory=list)
-
-    def note_gaps(self, missing: dict[str, str]) -> None:
-        for peer, reason in missing.items():
-            self.gaps[peer][reason] = None
-
-
-def measure_all(args: argparse.Namespace, console: Console, ceilings: Ceilings) -> Results:
-    cases = chosen_cases(args)
-    if args.quick and args.peers is not None:
-        cases = [case.restricted_to(args.peers) for case in cases]
-    implementations: dict[str, Implementation] = {
-        peer.name: peer
-        for peer in (
-            Ours(),
-            Sdpa(),
-            Reference(),
-            Torch(ceilings.threads),
-            OnnxRuntime(ceilings.threads),
-            OpenVino(ceilings.threads),
-        )
-    }
-    warm_up(implementations)
-    results = Results()
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
-        others = 3 + len(DECODE_DTYPES) * len(DECODE_SHAPES) if args.quick else 0
-        task = progress.add_task("starting", total=len(cases) + others)
-        for case in cases:
-            progress.update(task, description=f"{case.label} {case.steps}")
-            found, missing = run_case(case, implementations, args.iters)
-            results.note_gaps(missing)
-            results.cases += found
-            ceilings.measure()
-            console.print(report.case_line(case.label, case.steps, found), soft_wrap=True)
-            progress.advance(task)
-        if not args.quick:
-            return results
-
-        progress.update(task, description="peak memory at S32768")
-        results.memory = measure_memory()
-        progress.advance(task)
-        progress.update(task, description="decode")
-        peers = tuple(peer for peer in decode_peers.PEERS if args.peers is None or peer in args.peers)
-        for found, missing in decode.run_decode(ceilings.read_bytes, peers, ceilings.threads):
-            results.note_gaps(missing)
-            results.decode += found
-            console.print(report.decode_line(found), soft_wrap=True)
-            progress.advance(task)
-        ceilings.measure(read=True)
-        progress.update(task, description="append")
-        results.append_us = decode.measure_append()
-        progress.advance(task)
-        progress.update(task, description="contiguous and paged KV caches")
-        results.kv_bench = [run_kv_config(config, args.kv_bench_iters) for config in chosen_kv_configs(args)]
-        progress.advance(task)
-    return results
+def left_out(sections: list[str], cases: list[Case], args: argparse.Namespace) -> list[str]:
+    """What a table has and this run has not, a line each."""
+    lines = []
+    if cases:
+        names = list(dict.fromkeys(case.section for case in cases))
+        labels = "; ".join(f"{case.label} {case.steps}" for case in cases)
+        lines.append(f"by --quick ({len(cases)} cases; --sections {' '.join(names)} has them): {labels}")
+    if args.quick:
+        lines.append("by --quick, MLX SDPA and the composition where a call takes seconds, except at the headline shape")
+    if sections and len(sections) < len(SECTIONS):
+        lines.append(f"sections {' '.join(name for name in SECTIONS if name not in sections)}")
+    if sections:
+        lines.append("instructions of paged attention over contiguous: a matter of callgrind, not of a clock")
+    return lines
 
 
 def run_sweep(args: argparse.Namespace, console: Console, core: Any) -> int:
+    started = time.monotonic()
     threads = core.num_threads()
     ceilings = Ceilings(ceiling_program.build(), threads, core.isa_level())
     ceilings.measure(read=True)
@@ -284,43 +172,59 @@ def run_sweep(args: argparse.Namespace, console: Console, core: Any) -> int:
     console.print(subtitle)
     report.print_ceilings(console, ceilings)
 
-    results = measure_all(args, console, ceilings)
+    sections = chosen_sections(args)
+    cases, omitted = section_cases(sections, args.quick) if sections else (chosen_grid(args), [])
+    chosen = (PEERS if sections else FAST_PEERS) if args.peers is None else tuple(args.peers)
+    peers = make_peers(threads)
+    warm_up([peers["ours"], *(peers[name] for name in chosen)])
+    gc.freeze()  # the libraries' objects, so that a collection before each measurement takes no time
+    sweep = Sweep(console, ceilings, peers, chosen, args.quick, args.iters)
+    sweep.run(cases, [name for name in OTHER_SECTIONS if name in sections], chosen_kv_configs(args), args.kv_bench_iters)
     ceilings.measure(read=True)
-    rows = results.cases
-    for row in rows:
-        row["of_ceiling"] = row["gflops"] / ceilings.fma_gflops
-    for row in results.decode:
-        row["of_read"] = row["gbs"] / ceilings.read_gbs
+    targets = sweep.finish()
 
+    results = sweep.results
     console.print()
-    report.print_cases(console, [row for row in rows if row["section"] != "features"])
-    report.print_features(console, rows)
+    report.print_cases(console, [row for row in results.cases if row["section"] not in ("features", "pairs")])
+    report.print_features(console, results.cases)
+    if results.decode:
+        report.print_decode(console, results.decode, ceilings)
+    for line in [report.paged_line(row) for row in results.paged]:
+        console.print(line, soft_wrap=True)
+    if results.append_us:
+        report.print_append(console, results.append_us)
     if results.memory:
         report.print_memory(console, results.memory)
-        report.print_decode(console, results.decode, results.append_us, ceilings)
+    if results.kv_bench:
         report.print_kv_bench(console, results.kv_bench)
-    report.print_gaps(console, results.gaps)
+    lines = left_out(sections, omitted, args)
+    report.print_gaps(console, results.gaps, lines)
     report.print_ceilings(console, ceilings)
-    targets = evaluate(rows, results.memory) + evaluate_decode(results.decode, results.append_us)
-    if args.quick or args.check_targets:
+    if sections or args.check_targets:
         report.print_targets(console, targets)
+    write_results(args, console, machine, ceilings, sweep, targets, lines, subtitle)
+    console.print(f"took {time.monotonic() - started:.0f} s")
+    return int(args.check_targets and any(target.verdict == "missed" for target in targets))
 
+
+def write_results(
+    args: argparse.Namespace, console: Console, machine: dict[str, Any], ceilings: Ceilings, sweep: Sweep,
+    targets: list[Target], lines: list[str], subtitle: str,
+) -> None:  # fmt: skip
     from plot import save_plot
 
     path = args.json or OUTPUT / "attention.json"
-    ceiling_numbers = {
-        "gflops": ceilings.gflops, "read_gbs": ceilings.read_gbs, "read_bytes": ceilings.read_bytes, "level": ceilings.level,
-    }  # fmt: skip
-    write_json(
-        path,
-        {
-            "machine": machine, "ceilings": ceiling_numbers, "cases": rows, "memory": results.memory,
-            "decode": results.decode, "append_us": results.append_us, "kv_bench": results.kv_bench,
-        },
-    )  # fmt: skip
-    save_plot(args.plot, rows, ceilings.fma_gflops, results.decode, ceilings.read_gbs, subtitle)
+    verdicts = [asdict(target) | {"verdict": target.verdict} for target in targets]
+    whole = {
+        "machine": machine,
+        "ceilings": ceilings.numbers(),
+        **asdict(sweep.results),
+        "targets": verdicts,
+        "left_out": lines,
+    }
+    write_json(path, whole)
+    save_plot(args.plot, whole, subtitle)
     console.print(f"wrote {path} and {args.plot}", soft_wrap=True)
-    return int(args.check_targets and any(target.verdict == "missed" for target in targets))
 
 
 def main() -> int:
@@ -328,7 +232,7 @@ def main() -> int:
     from flash_attn.flash_attn_mlx.utils import load_core
 
     mx.set_default_device(mx.cpu)
-    run = run_kv_bench if args.kv_bench and not args.quick else run_sweep
+    run = run_kv_bench if args.kv_bench and not (args.quick or args.sections) else run_sweep
     return run(args, report.make_console(), load_core())
 
 

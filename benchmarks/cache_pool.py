@@ -5,9 +5,9 @@ from __future__ import annotations
 import mlx.core as mx
 import numpy as np
 
-from cases import DECODE_SHAPES, INT8, DecodeCase
+from case import INT8, DecodeCase
 
-BLOCK_TOKENS = max(batch * length for batch, length in DECODE_SHAPES)  # every case's caches fill whole blocks
+BLOCK_TOKENS = 32768  # a multiple of every case's tokens: its caches fill whole blocks
 
 
 class CachePool:
@@ -27,12 +27,8 @@ class CachePool:
         self.arrays = [mx.concatenate([x] * blocks) for x in parts]
         mx.eval(self.arrays)
 
-    @property
-    def nbytes(self) -> int:
-        return self.tokens * self.bytes_a_token
-
     def caches(self, case: DecodeCase) -> int:
-        return self.tokens // case.tokens
+        return 1 if case.in_cache else self.tokens // case.tokens
 
     def cache(self, case: DecodeCase, index: int, heads_first: bool = False) -> list[mx.array]:
         """Cache number `index`: views (batch, length, heads_k, ...), or the same memory as (batch, heads_k, length, ...)."""

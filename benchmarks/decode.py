@@ -1,80 +1,121 @@
-"""Decode over long KV caches, whose limit is reading K and V once, and what appending a token costs."""
+"""Decode over KV caches: beyond the processor's caches, where reading K and V once is the limit, and inside them; and what
+appending a token costs."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import replace
 from typing import Any
 
 import mlx.core as mx
 
-import decode_peers
+from attention import prepared_by
 from cache_pool import CachePool
-from cases import DECODE_DTYPES, INT8, DecodeCase, decode_cases
+from case import INT8, DecodeCase
+from cases import PAGE_SIZES, decode_cases
+from peers.base import Peer
+from peers.ours import paged_decode
 from timing import Call, Timing, first_run, interleave, median_ratio
 
 Row = dict[str, Any]
 
-PAGE_SIZES = (16, 128)
 PAIRS = 15
+BURST = 10  # calls in a row of a case in cache, timed together
 
 APPEND_CAPACITIES = (1024, 131072)
 APPEND_LIVE_TOKENS = 64  # at most: attention over so few costs next to nothing
 APPEND_ROUNDS = 100
 
 
-def run_decode(least_bytes: int, peers: tuple[str, ...], threads: int) -> Iterator[tuple[list[Row], dict[str, str]]]:
-    """Case by case its rows, ours first, and by peer why it has none. Caches rotate through `least_bytes` or more."""
-    half: CachePool | None = None
-    for dtype in DECODE_DTYPES:
+def pools(dtypes: Collection[str], least_bytes: int) -> Iterator[tuple[CachePool, CachePool | None]]:
+    """One of each dtype in turn; with int8 its yardstick, float32, whose speed in tokens it is judged by."""
+    yardstick: CachePool | None = None
+    for dtype in dtypes:
         pool = CachePool(dtype, least_bytes)
-        for case in decode_cases(dtype):
-            yield _run_case(case, pool, half if dtype == INT8 else None, peers, threads)
-        half = pool if dtype == "float16" else None
+        if dtype == "float32" and INT8 in dtypes:
+            yardstick = pool
+        yield pool, yardstick if dtype == INT8 else None
         del pool
         mx.clear_cache()
 
 
+def run_decode(
+    pool: CachePool, yardstick: CachePool | None, peers: dict[str, Peer], chosen: Collection[str], iters: int
+) -> Iterator[tuple[list[Row], dict[str, str]]]:
+    """Case by case its rows, ours first, and by peer why it has none."""
+    for case in decode_cases(pool.dtype):
+        yield _run_case(case, pool, yardstick, peers, chosen, iters)
+
+
 def _run_case(
-    case: DecodeCase, pool: CachePool, half: CachePool | None, peers: tuple[str, ...], threads: int
+    case: DecodeCase, pool: CachePool, yardstick: CachePool | None, peers: dict[str, Peer], chosen: Collection[str], iters: int
 ) -> tuple[list[Row], dict[str, str]]:
-    reasons = {peer: decode_peers.missing(peer, case) for peer in peers}
     turn = itertools.count()  # of all implementations: none finds in L3 what another has just read
-    calls = {"ours": _rotating(turn, decode_peers.ours(case, pool))}
-    if half:
-        calls["float16"] = _rotating(turn, decode_peers.ours(replace(case, dtype="float16"), half))
-    for peer, reason in reasons.items():
-        if not reason:
-            calls[peer] = _rotating(turn, decode_peers.prepare(peer, case, pool, threads))
-    timings = {name: first_run(call) for name, call in calls.items()}
-    interleave(calls, timings, once_if_slow=peers, iters=5)
-    float16 = timings.pop("float16", None)
+    ours = peers["ours"]
+    lists = {"ours": ours.decode(case, pool)}
+    if yardstick:
+        lists["yardstick"] = ours.decode(replace(case, dtype=yardstick.dtype), yardstick)
+    others, missing = prepared_by([peers[name] for name in chosen], case, lambda peer: peer.decode(case, pool))
+    timings = _time({name: _rotating(turn, calls) for name, calls in (lists | others).items()}, case.in_cache, chosen, iters)
+    base = timings.pop("yardstick", None)
     rows = [_row(case, name, timing, case.tokens * pool.bytes_a_token) for name, timing in timings.items()]
-    if float16:
-        rows[0]["times_float16"] = float16.seconds / timings["ours"].seconds
-    rows[0]["paged_time"] = {str(page_size): _paged_time(case, pool, page_size) for page_size in PAGE_SIZES}
-    return rows, {peer: reason for peer, reason in reasons.items() if reason}
+    if base and yardstick:
+        rows[0][f"times_{yardstick.dtype}"] = base.seconds / timings["ours"].seconds
+    return rows, missing
+
+
+def _time(calls: dict[str, Call], in_cache: bool, once_if_slow: Collection[str], iters: int) -> dict[str, Timing]:
+    if in_cache:
+        calls = {name: _burst(call) for name, call in calls.items()}
+    timings = {name: first_run(call) for name, call in calls.items()}
+    interleave(calls, timings, once_if_slow=once_if_slow, iters=iters)
+    if in_cache:
+        for timing in timings.values():
+            timing.seconds /= BURST
+    return timings
 
 
 def _rotating(turn: Iterator[int], calls: list[Call]) -> Call:
     return lambda: calls[next(turn) % len(calls)]()
 
 
-def _paged_time(case: DecodeCase, pool: CachePool, page_size: int) -> float:
-    """Over the contiguous cache's."""
-    turn = itertools.count()
-    paged = _rotating(turn, decode_peers.ours_paged(case, pool, page_size))
-    return median_ratio(paged, _rotating(turn, decode_peers.ours(case, pool)), PAIRS)
+def _burst(call: Call) -> Call:
+    def several() -> None:
+        for _ in range(BURST):
+            call()
+
+    return several
 
 
 def _row(case: DecodeCase, implementation: str, timing: Timing, nbytes: int) -> Row:
     return {
         "label": case.label, "dtype": case.dtype, "batch": case.batch, "length": case.length, "heads": case.heads,
-        "heads_k": case.heads_k, "head_dim": case.head_dim, "implementation": implementation, "ms": timing.seconds * 1e3,
-        "runs": timing.runs, "once": timing.runs == 1, "gbs": nbytes / timing.seconds * 1e-9,
-        "mlx_peak_mib": timing.peak.mlx_bytes / 2**20, "times_float16": None, "paged_time": None,
+        "heads_k": case.heads_k, "head_dim": case.head_dim, "in_cache": case.in_cache, "implementation": implementation,
+        "ms": timing.seconds * 1e3, "runs": timing.runs, "once": timing.runs == 1, "bytes": nbytes, "flops": case.flops(),
+        "gbs": nbytes / timing.seconds * 1e-9, "gflops": case.flops() / timing.seconds * 1e-9,
+        "mlx_peak_mib": timing.peak.mlx_bytes / 2**20, "times_float32": None,
     }  # fmt: skip
+
+
+def run_paged(case: DecodeCase, pool: CachePool, ours: Peer) -> Row:
+    """Time in pages over the contiguous cache's, by page size."""
+    contiguous = ours.decode(case, pool)
+    ratios = {}
+    for page_size in PAGE_SIZES:
+        turn = itertools.count()
+        paged = _rotating(turn, paged_decode(case, pool, page_size))
+        contiguous_now = _rotating(turn, contiguous)
+        paged()
+        contiguous_now()
+        ratios[str(page_size)] = median_ratio(paged, contiguous_now, PAIRS)
+    return {"label": case.label, "dtype": case.dtype, "paged_time": ratios}
+
+
+def empty_op_seconds() -> float:
+    """MLX's own cost of evaluating one operation, which no attention call can avoid."""
+    one = mx.ones((1,))
+    return _time({"empty": lambda: mx.eval(mx.negative(one))}, True, (), 20)["empty"].seconds
 
 
 def measure_append() -> dict[str, float]:

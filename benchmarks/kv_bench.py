@@ -10,7 +10,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from cases import KvConfig
+from case import KvConfig
 from timing import Call, first_run, interleave
 
 Row = dict[str, Any]

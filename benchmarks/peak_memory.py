@@ -9,9 +9,10 @@ import argparse
 import json
 import time
 
-from cases import FORWARD_BACKWARD, Case
+from case import FORWARD_BACKWARD, Case
 from memory import peak_of
-from peers import Ours, make_inputs
+from peers.base import make_inputs
+from peers.ours import Ours
 
 
 def main() -> None:
@@ -25,7 +26,7 @@ def main() -> None:
         "memory", heads=args.heads, heads_k=args.heads, seqlen=args.seqlen, head_dim=args.head_dim, steps=FORWARD_BACKWARD
     )
     inputs = make_inputs(case)
-    call = Ours().prepare(case, inputs)
+    call = Ours(threads=0).prepare(case, inputs)
     start = time.perf_counter()
     peak = peak_of(call)
     seconds = time.perf_counter() - start

@@ -1,8 +1,8 @@
-"""One picture of a run: speed against the peers and the ceiling, and what each feature costs."""
+"""One picture of a run: ours and the fastest peer as shares of the ceiling, case by case, and what each feature costs."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +12,14 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
-from cases import DTYPE_NAMES
-from report import IMPLEMENTATION_NAMES, gflops
+from case import DTYPE_NAMES
+from peers import TITLES
+from targets import OF_PLAIN, fastest, groups
 
 Row = dict[str, Any]
 
+OURS = "#1f6fb4"
 COLOURS = {
-    "ours": "#1f6fb4",
     "torch": "#e08214",
     "onnxruntime": "#4d9221",
     "openvino": "#8073ac",
@@ -26,63 +27,61 @@ COLOURS = {
     "reference": "#b9b9b9",
 }
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
-TARGET_OF_PLAIN = 0.8
 
 
 def _head(axes: Axes, title: str, columns: int) -> None:
     """The title, and the legend between it and the data, where it covers neither."""
     axes.legend(loc="lower left", bbox_to_anchor=(-0.01, 1.0), ncols=columns, fontsize=8, frameon=False)
-    axes.set_title(title, loc="left", pad=38)
+    axes.set_title(title, loc="left", pad=26)
 
 
-@dataclass(frozen=True)
-class Bar:
-    case: str
-    implementation: str
-    value: float
-    text: str
+def _plot_shares(axes: Axes, rows: list[Row], share: str, label: Callable[[Row], str], text: Callable[[Row], str]) -> None:
+    """Two bars a case, ours and its fastest peer, each with its value; the ceiling is the dashed line."""
+    labels: list[str] = []
+    named: set[str] = set()
+    for index, (ours, peers) in enumerate(groups(rows)):
+        peer = fastest(peers)
+        labels.append(label(ours))
+        for offset, row in ((-0.2, ours), (0.2, peer)):
+            if row is None:
+                continue
+            name = row["implementation"]
+            colour = OURS if name == "ours" else COLOURS[name]
+            legend = None if name in named else TITLES[name] if name == "ours" else f"fastest peer: {TITLES[name]}"
+            named.add(name)
+            axes.barh(index + offset, row[share], height=0.38, color=colour, label=legend)
+            axes.text(row[share] + 0.008, index + offset, text(row), va="center", fontsize=7)
+    axes.axvline(1.0, color="black", linestyle="--", linewidth=1, label="ceiling")
+    axes.set_yticks(range(len(labels)), labels, fontsize=8)
+    axes.set_ylim(len(labels) - 0.4, -0.6)
+    axes.set_xlim(0, max([1.0, *(row[share] for row in rows)]) * 1.16)
+    axes.xaxis.set_major_formatter("{x:.0%}")
 
 
-def _plot_bars(axes: Axes, bars: list[Bar], ceiling: float, ceiling_name: str) -> None:
-    """One group of bars a case, ours first, each with its value; the ceiling is the dashed line."""
-    y = 0.0
-    ticks, labels, seen = [], [], set()
-    for case in dict.fromkeys(bar.case for bar in bars):
-        group = [bar for bar in bars if bar.case == case]
-        top = y
-        for bar in group:
-            name = bar.implementation
-            legend = None if name in seen else IMPLEMENTATION_NAMES[name]
-            seen.add(name)
-            axes.barh(y, bar.value, height=0.85, color=COLOURS[name], label=legend)
-            axes.text(bar.value + ceiling * 0.008, y, bar.text, va="center", fontsize=8)
-            y += 1.0
-        ticks.append((top + y - 1.0) / 2)
-        labels.append(case)
-        y += 0.6
-    axes.axvline(ceiling, color="black", linestyle="--", linewidth=1, label=ceiling_name)
-    axes.set_yticks(ticks, labels, fontsize=8)
-    axes.set_ylim(y - 0.6, -1.0)
-    axes.set_xlim(0, max([ceiling, *(bar.value for bar in bars)]) * 1.14)
-
-
-def _plot_speed(axes: Axes, rows: list[Row], ceiling: float) -> None:
-    bars = [
-        Bar(
-            f"{row['label']}\n{row['steps']}", row["implementation"], row["gflops"], f"{gflops(row)}  ({row['of_ceiling']:.0%})"
-        )
-        for row in rows
-    ]
-    _plot_bars(axes, bars, ceiling, f"FMA ceiling, {ceiling:.0f} GFLOP/s")
-    axes.set_xlabel("GFLOP/s (in brackets: share of the ceiling); longer is better")
+def _plot_speed(axes: Axes, rows: list[Row]) -> None:
+    _plot_shares(
+        axes,
+        rows,
+        "of_ceiling",
+        label=lambda row: f"{row['label']} {row['steps'].replace('forward+backward', 'fwd+bwd')}",
+        text=lambda row: (
+            f"{row['of_ceiling']:.0%}  {row['ms']:.3g} ms" + (f"  of {row['ceiling']}" * (row["ceiling"] != "f32 FMA"))
+        ),
+    )
+    axes.set_xlabel("share of the ceiling (float32 multiply-adds, unless a bar names another); longer is better")
     _head(axes, "Attention on CPU", columns=5)
 
 
-def _plot_decode(axes: Axes, rows: list[Row], ceiling: float) -> None:
-    bars = [Bar(row["label"], row["implementation"], row["gbs"], f"{row['gbs']:.1f}  ({row['of_read']:.0%})") for row in rows]
-    _plot_bars(axes, bars, ceiling, f"memory read ceiling, {ceiling:.1f} GB/s")
-    axes.set_xlabel("GB/s of K and V read once (in brackets: share of the ceiling); longer is better")
-    _head(axes, "Decode over a KV cache", columns=4)
+def _plot_decode(axes: Axes, rows: list[Row]) -> None:
+    _plot_shares(
+        axes,
+        rows,
+        "of_read",
+        label=lambda row: row["label"],
+        text=lambda row: f"{row['gbs']:.1f} GB/s  {row['ms']:.3g} ms",
+    )
+    axes.set_xlabel("share of the memory read ceiling, K and V read once; longer is better")
+    _head(axes, "Decode over a KV cache", columns=3)
 
 
 def _plot_features(axes: Axes, rows: list[Row]) -> None:
@@ -101,28 +100,37 @@ def _plot_features(axes: Axes, rows: list[Row]) -> None:
     for row_index in range(1, len(features)):
         axes.axhline(row_index - 0.5, color="#e6e6e6", linewidth=0.8)
     axes.axvline(1.0, color="black", linewidth=1)
-    axes.axvline(TARGET_OF_PLAIN, color="#b2182b", linestyle="--", linewidth=1, label=f"target {TARGET_OF_PLAIN:.2f}")
+    needs = sorted({need for _, need in OF_PLAIN})
+    for need in needs:
+        axes.axvline(need, color="#b2182b", linestyle="--", linewidth=0.8)
+        axes.text(need, len(features) - 0.5, f" {need:.2f}", color="#b2182b", fontsize=7, va="bottom")
     axes.set_yticks(range(len(features)), features, fontsize=9)
     axes.set_ylim(len(features) - 0.5, -0.5)
-    low = min([TARGET_OF_PLAIN, *(row["of_plain"] for row in rows)])
-    axes.set_xlim(max(0.0, low - 0.08), max([1.0, *(row["of_plain"] for row in rows)]) + 0.08)
-    axes.set_xlabel("speed per visible pair, of plain attention's; right of 1.0: faster than plain")
-    _head(axes, "What a feature costs", columns=3)
+    values = [row["of_plain"] for row in rows]
+    axes.set_xlim(max(0.0, min([*needs, *values]) - 0.08), max([1.0, *values]) + 0.08)
+    axes.set_xlabel("speed per visible pair, of plain attention's; dashed: targets; right of 1.0: faster than plain")
+    _head(axes, "What a feature costs", columns=2)
 
 
-def save_plot(path: Path, rows: list[Row], ceiling: float, decode: list[Row], read_gbs: float, subtitle: str) -> None:
-    speed = [row for row in rows if row["section"] != "features"] or rows
-    features = [row for row in rows if row["section"] == "features" and row["implementation"] == "ours" and row["of_plain"]]
-    cases = len({(row["label"], row["steps"]) for row in speed})
-    height = max(4.5, 1.6 + 0.2 * len(speed) + 0.14 * cases)
-    columns = 1 + bool(features) + bool(decode)
-    figure, axes = plt.subplots(1, columns, figsize=(8.5 * columns, height), squeeze=False, layout="constrained")
-    _plot_speed(axes[0][0], speed, ceiling)
-    if features:
-        _plot_features(axes[0][1], features)
-    if decode:
-        _plot_decode(axes[0][-1], decode, read_gbs)
+def _draw_together(
+    rows: list[Row], draw: Callable[[Axes, list[Row]], None]
+) -> list[tuple[Callable[[Axes, list[Row]], None], list[Row]]]:
+    return [(draw, rows)] if rows else []
+
+
+def save_plot(path: Path, results: dict[str, Any], subtitle: str) -> None:
+    costs = [row for row in results["cases"] if row["section"] in ("features", "pairs")]
+    features = [row for row in costs if row["implementation"] == "ours" and row["of_plain"]]
+    speed = [row for row in results["cases"] if row not in costs] or costs
+    right = _draw_together(features, _plot_features) + _draw_together(results["decode"], _plot_decode)
+    panels = _draw_together(speed, _plot_speed)
+    height = max(5.0, 1.8 + 0.42 * len(groups(speed)), 5.5 * len(right))
+    figure = plt.figure(figsize=(8.5 * (bool(panels) + bool(right)) or 8.5, height), layout="constrained")
+    columns = figure.subfigures(1, bool(panels) + bool(right), squeeze=False)[0] if panels or right else []
+    for column, drawn in zip(columns, [part for part in (panels, right) if part], strict=True):
+        for axes, (draw, rows) in zip(column.subplots(len(drawn), 1, squeeze=False)[:, 0], drawn, strict=True):
+            draw(axes, rows)
     figure.suptitle(subtitle, fontsize=9, color="#555555")
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
+    figure.savefig(path, dpi=120)
     plt.close(figure)

@@ -9,17 +9,14 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from cases import DTYPE_NAMES, FORWARD, PASSES
+from case import DTYPE_NAMES, FORWARD, PASSES
+from cases import PAGE_SIZES
 from ceilings import Ceilings
 from kv_bench import COLUMNS, summary
+from peers import TITLES
 from targets import Target
 
 Row = dict[str, Any]
-
-IMPLEMENTATION_NAMES = {
-    "ours": "ours", "sdpa": "MLX SDPA", "reference": "composed", "torch": "PyTorch",
-    "onnxruntime": "ONNX Runtime", "openvino": "OpenVINO",
-}  # fmt: skip
 
 
 def make_console() -> Console:
@@ -38,7 +35,7 @@ def _table(console: Console, title: str, columns: Sequence[str], text_columns: i
 
 def milliseconds(row: Row) -> str:
     """With a star where the call was run once only."""
-    return f"{row['ms']:.1f}" + ("*" if row["once"] else "")
+    return (f"{row['ms']:.1f}" if row["ms"] >= 10 else f"{row['ms']:.2f}") + ("*" if row["once"] else "")
 
 
 def gflops(row: Row) -> str:
@@ -57,21 +54,27 @@ def case_line(case_label: str, steps: str, rows: list[Row]) -> str:
         parts.append(f"{ours['of_plain']:.2f} of plain")
     for row in rows:
         if row is not ours:
-            parts.append(f"{IMPLEMENTATION_NAMES[row['implementation']]} {milliseconds(row)} ms")
+            parts.append(f"{TITLES[row['implementation']]} {milliseconds(row)} ms")
     return "  ".join(parts)
 
 
 def print_ceilings(console: Console, ceilings: Ceilings) -> None:
     levels = ", ".join(f"{level} {value:.0f}" for level, value in ceilings.gflops.items())
-    console.print(f"ceilings: multiply-add GFLOP/s {levels}; {_memory_read(ceilings)}")
+    console.print(
+        f"ceilings, {ceilings.threads} threads: multiply-add GFLOP/s {levels} (_bf16: dot products, _amx: matrix tiles); "
+        f"{_memory_read(ceilings)}; cache read {ceilings.cache_gbs:.1f} GB/s over {ceilings.cache_bytes / 2**20:.0f} MiB",
+        soft_wrap=True,
+    )
 
 
 def _memory_read(ceilings: Ceilings) -> str:
-    return f"memory read {ceilings.read_gbs:.1f} GB/s, {ceilings.threads} threads over {ceilings.read_bytes / 2**20:.0f} MiB"
+    return f"memory read {ceilings.read_gbs:.1f} GB/s over {ceilings.read_bytes / 2**20:.0f} MiB"
 
 
 def print_cases(console: Console, rows: list[Row]) -> None:
-    columns = ("case", "pass", "by", "ms", "GFLOP/s", "% ceiling", "ours faster", "MLX MiB", "process MiB")
+    if not rows:
+        return
+    columns = ("case", "pass", "by", "ms", "GFLOP/s", "%", "of", "ours faster", "MLX MiB", "process MiB")
     table = _table(console, "Ours and its peers", columns, text_columns=3)
     ours_ms = 0.0
     for row in rows:
@@ -81,10 +84,11 @@ def print_cases(console: Console, rows: list[Row]) -> None:
         table.add_row(
             row["label"] if ours else "",
             row["steps"] if ours else "",
-            IMPLEMENTATION_NAMES[row["implementation"]],
+            TITLES[row["implementation"]],
             milliseconds(row),
             gflops(row),
             f"{100 * row['of_ceiling']:.0f}",
+            row["ceiling"] if ours else "",
             "" if ours else f"{row['ms'] / ours_ms:.1f}x",
             _mib(row["mlx_peak_mib"]),
             _mib(row["process_peak_mib"]),
@@ -103,7 +107,7 @@ def print_features(console: Console, rows: list[Row]) -> None:
         f"{DTYPE_NAMES[dtype]} S{seqlen} D{dim} {steps.replace('forward', 'fwd').replace('backward', 'bwd')}"
         for dtype, seqlen, dim, steps in shapes
     ]
-    title = "Speed per visible (query, key) pair, of plain's (1.00: the feature is free; of 16-bit plain: of float32's)"
+    title = "Speed per visible pair, of plain's"
     table = _table(console, title, ("feature", *columns))
     for feature in dict.fromkeys(row["feature"] for row in ours):
         values = {
@@ -123,15 +127,13 @@ def _shape_order(shape: tuple[str, int, int, str]) -> tuple[bool, int, int, int]
 def decode_line(rows: list[Row]) -> str:
     """One finished decode case, for the running log."""
     ours, *others = rows
-    parts = [f"{ours['label']:43} {'decode':17} {ours['ms']:8.2f} ms {ours['gbs']:5.1f} GB/s"]
-    parts += [f"page {size}: {time:.2f}" for size, time in ours["paged_time"].items()]
-    parts += [f"{IMPLEMENTATION_NAMES[row['implementation']]} {row['ms']:.2f} ms" for row in others]
+    parts = [f"{ours['label']:43} {'decode':17} {ours['ms']:8.3f} ms {ours['gbs']:5.1f} GB/s"]
+    parts += [f"{TITLES[row['implementation']]} {row['ms']:.3f} ms" for row in others]
     return "  ".join(parts)
 
 
-def print_decode(console: Console, rows: list[Row], append_us: dict[str, float], ceilings: Ceilings) -> None:
-    page_sizes = list(rows[0]["paged_time"])
-    columns = ("case", "by", "ms", "GB/s", "% of read", "ours faster", *(f"page {size}" for size in page_sizes))
+def print_decode(console: Console, rows: list[Row], ceilings: Ceilings) -> None:
+    columns = ("case", "by", "ms", "GB/s", "% of read", "% of FMA", "ours faster")
     table = _table(console, f"Decode, one query a sequence; 100 % of read: {_memory_read(ceilings)}", columns, text_columns=2)
     ours = rows[0]
     for row in rows:
@@ -139,23 +141,38 @@ def print_decode(console: Console, rows: list[Row], append_us: dict[str, float],
             ours = row
         table.add_row(
             row["label"] if row is ours else "",
-            IMPLEMENTATION_NAMES[row["implementation"]],
-            f"{row['ms']:.2f}" + ("*" if row["once"] else ""),
+            TITLES[row["implementation"]],
+            f"{row['ms']:.3f}" + ("*" if row["once"] else ""),
             f"{row['gbs']:.1f}",
             f"{100 * row['of_read']:.0f}",
+            f"{100 * row['of_fma']:.0f}",
             "" if row is ours else f"{row['ms'] / ours['ms']:.1f}x",
-            *(f"{time:.2f}" for time in (row["paged_time"] or {}).values()),
             style="bold" if row is ours else "",
         )
     console.print(table)
     console.print(
         "GB/s: K and V (int8: and their scales) read once. Each call reads another cache; all of them together are as large as "
-        "what the ceiling reads. page n: time with pages of n tokens over the contiguous cache's, median of interleaved pairs; "
-        "* a peer slower than a second, run once",
+        "what the ceiling reads; in cache: the same one, calls in a row. * a peer slower than a second, run once",
         soft_wrap=True,
     )
+
+
+def paged_line(row: Row) -> str:
+    ratios = ", ".join(f"pages of {size} {row['paged_time'][str(size)]:.3f}" for size in PAGE_SIZES)
+    return f"{row['label']:43} time over the contiguous cache's, median of interleaved pairs: {ratios}"
+
+
+def print_append(console: Console, append_us: dict[str, float]) -> None:
     appends = ", ".join(f"{us:.0f} us at capacity {capacity}" for capacity, us in append_us.items())
     console.print(f"a step that appends one token: {appends}")
+
+
+def threads_line(row: Row) -> str:
+    return f"{row['label']:43} {row['steps']:17} 1 thread {row['one_ms']:.2f} ms, 2 threads {row['two_ms']:.2f} ms"
+
+
+def busy_line(row: Row) -> str:
+    return f"{row['label']:43} beside a busy core, medians: 1 thread {row['one_us']:.1f} us, 2 threads {row['two_us']:.1f} us"
 
 
 def print_kv_bench(console: Console, rows: list[Row]) -> None:
@@ -169,10 +186,12 @@ def print_kv_bench(console: Console, rows: list[Row]) -> None:
                 console.print(summary(row), soft_wrap=True)
 
 
-def print_gaps(console: Console, gaps: dict[str, dict[str, None]]) -> None:
+def print_gaps(console: Console, gaps: dict[str, dict[str, None]], left_out: list[str]) -> None:
     for peer, reasons in gaps.items():
         if reasons:
-            console.print(f"not measured, {IMPLEMENTATION_NAMES[peer]}: {'; '.join(reasons)}", soft_wrap=True)
+            console.print(f"not measured, {TITLES[peer]}: {'; '.join(reasons)}", soft_wrap=True)
+    for line in left_out:
+        console.print(f"left out: {line}", soft_wrap=True)
 
 
 def print_memory(console: Console, memory: Row) -> None:
@@ -184,10 +203,28 @@ def print_memory(console: Console, memory: Row) -> None:
 
 
 def print_targets(console: Console, targets: list[Target]) -> None:
-    table = _table(console, "Targets", ("what", "need", "measured", ""))
+    table = _table(console, "Targets", ("what", "in", "need", "got", ""), text_columns=2)
     colours = {"met": "green", "missed": "red", "not measured": "dim"}
+    shown = ""
     for target in targets:
-        sign = "<=" if target.at_most else ">="
-        measured = "-" if target.measured is None else f"{target.measured:.2f}"
-        table.add_row(target.what, f"{sign} {target.need:.2f}", measured, target.verdict, style=colours[target.verdict])
+        style = "" if not console.is_terminal else colours[target.verdict]
+        table.add_row(
+            "" if target.what == shown else target.what,
+            target.against,
+            _need(target),
+            _got(target),
+            target.verdict,
+            style=style,
+        )
+        shown = target.what
     console.print(table)
+    counts = [f"{verdict} {sum(t.verdict == verdict for t in targets)}" for verdict in colours]
+    console.print(f"of {len(targets)} targets: {', '.join(counts)}", style="bold")
+
+
+def _need(target: Target) -> str:
+    return f"{'<=' if target.at_most else '>='} {target.need:.2f}"
+
+
+def _got(target: Target) -> str:
+    return "-" if target.got is None else f"{target.got:.2f}"

@@ -15,7 +15,7 @@ struct Level {
 };
 
 #if defined(__x86_64__)
-extern const Level baseline, avx2, avx512, avx512_bf16;
+extern const Level baseline, avx2, avx512, avx512_bf16, avx512_amx;
 #elif defined(__aarch64__)
 extern const Level neon;
 #else

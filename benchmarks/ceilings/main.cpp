@@ -1,9 +1,12 @@
-// flash_attn_ceilings [--threads N] [--no-read]: prints JSON, GFLOP/s of multiply-adds for every level of this processor, and
-// GB/s read from so many bytes of memory.
+// flash_attn_ceilings [--threads N] [--level NAME]... [--no-read]: prints JSON, GFLOP/s of multiply-adds for the named levels,
+// or every level, of this processor, and GB/s read from so many bytes of memory and of its last-level cache.
+#include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <string>
 #include <thread>
+#include <vector>
 
 #include "ceilings/measure.h"
 
@@ -11,13 +14,16 @@ int main(int argc, char** argv) {
   using namespace flash_attn::ceilings;
   int threads = static_cast<int>(std::thread::hardware_concurrency());
   bool measure_read = true;
+  std::vector<std::string> wanted;
   for (int i = 1; i < argc; ++i) {
     if (std::strcmp(argv[i], "--threads") == 0 && i + 1 < argc) {
       threads = std::atoi(argv[++i]);
+    } else if (std::strcmp(argv[i], "--level") == 0 && i + 1 < argc) {
+      wanted.emplace_back(argv[++i]);
     } else if (std::strcmp(argv[i], "--no-read") == 0) {
       measure_read = false;
     } else {
-      std::fprintf(stderr, "usage: flash_attn_ceilings [--threads N] [--no-read]\n");
+      std::fprintf(stderr, "usage: flash_attn_ceilings [--threads N] [--level NAME]... [--no-read]\n");
       return 2;
     }
   }
@@ -30,14 +36,19 @@ int main(int argc, char** argv) {
   const char* separator = "";
   const Level* reader = nullptr;
   for (const Level* level : runnable_levels()) {
+    if (level->read) reader = level;
+    if (!wanted.empty() && std::find(wanted.begin(), wanted.end(), level->name) == wanted.end()) continue;
     std::printf("%s\"%s\": %.1f", separator, level->name, multiply_add_gflops(*level, threads));
     separator = ", ";
-    if (level->read) reader = level;
   }
   std::printf("}");
   if (measure_read) {
-    const ReadRate read = read_rate(*reader, threads);
-    std::printf(", \"read_gbs\": %.2f, \"read_bytes\": %lld", read.gigabytes_per_second, static_cast<long long>(read.bytes));
+    const ReadRate memory = memory_read_rate(*reader, threads);
+    const ReadRate cache = cache_read_rate(*reader, threads);
+    std::printf(", \"read_gbs\": %.2f, \"read_bytes\": %lld", memory.gigabytes_per_second,
+                static_cast<long long>(memory.bytes));
+    std::printf(", \"cache_gbs\": %.2f, \"cache_bytes\": %lld", cache.gigabytes_per_second,
+                static_cast<long long>(cache.bytes));
   }
   std::printf("}\n");
 }

@@ -19,6 +19,9 @@ struct ReadRate {
 };
 
 /// Of memory, not of a cache: over 1 GiB or four times the last-level cache, whichever is more, within an eighth of the memory.
-ReadRate read_rate(const Level& level, int threads);
+ReadRate memory_read_rate(const Level& level, int threads);
+
+/// Of the last-level cache: every thread walks again and again through four times its L2.
+ReadRate cache_read_rate(const Level& level, int threads);
 
 }  // namespace flash_attn::ceilings

@@ -2,23 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
 from cache_pool import CachePool
-from cases import Case, DecodeCase
-from peers import Inputs
+from case import Case, DecodeCase
+from peers.base import Inputs, Peer
 from timing import Call
-
-NAME = "onnxruntime"
-SOFTCAP = "softcap"
-
-
-def is_installed() -> bool:
-    return all(importlib.util.find_spec(name) for name in ("onnx", "onnxruntime"))
 
 
 def _session(node: Any, inputs: dict[str, Any], outputs: dict[str, Any], threads: int) -> Any:
@@ -67,15 +59,12 @@ def _group_query_attention(heads: int, heads_k: int, head_dim: int, dtype: str, 
     return _session(node, inputs, outputs, threads)
 
 
-class OnnxRuntime:
-    name = NAME
+class OnnxRuntime(Peer):
+    name = "onnxruntime"
+    title = "ONNX Runtime"
+    packages = ("onnx", "onnxruntime")
 
-    def __init__(self, threads: int) -> None:
-        self.threads = threads
-
-    def missing(self, case: Case) -> str:
-        if not is_installed():
-            return "not installed (make bench-peers)"
+    def lacks(self, case: Case) -> str:
         if case.backward:
             return "no backward"
         if case.dtype == "bfloat16":
@@ -110,35 +99,31 @@ class OnnxRuntime:
         feeds = {name: np.array(mx.contiguous(t.swapaxes(1, 2))) for name, t in (("q", x.q), ("k", x.k), ("v", x.v))}
         return lambda: session.run(["out"], feeds)
 
+    def lacks_decode(self, case: DecodeCase) -> str:
+        return "" if case.dtype in ("float32", "float16") else f"no {case.dtype} cache on CPU"
 
-def decode_missing(case: DecodeCase) -> str:
-    if not is_installed():
-        return "not installed (make bench-peers)"
-    return "" if case.dtype in ("float32", "float16") else f"no {case.dtype} cache on CPU"
+    def decode(self, case: DecodeCase, pool: CachePool) -> list[Call]:
+        """GroupQueryAttention in place: its past and present are one buffer, in which it writes the last token anew."""
+        import onnxruntime
 
+        session = _group_query_attention(case.heads, case.heads_k, case.head_dim, case.dtype, self.threads)
+        rng = np.random.default_rng(1)
 
-def decode(case: DecodeCase, pool: CachePool, threads: int) -> list[Call]:
-    """GroupQueryAttention in place: its past and present are one buffer, in which it writes the last token anew."""
-    import onnxruntime
+        def token(heads: int) -> np.ndarray:
+            values = rng.standard_normal((case.batch, 1, heads * case.head_dim), dtype=np.float32)
+            return values.astype(np.dtype(case.dtype))
 
-    session = _group_query_attention(case.heads, case.heads_k, case.head_dim, case.dtype, threads)
-    dtype = np.dtype(case.dtype)
-    rng = np.random.default_rng(1)
+        def call(k: mx.array, v: mx.array) -> Call:
+            binding = session.io_binding()
+            values = {"q": token(case.heads), "k": token(case.heads_k), "v": token(case.heads_k)}
+            values |= {"seqlens_k": np.full(case.batch, case.length - 1, np.int32), "total": np.array([case.length], np.int32)}
+            for name, value in values.items():
+                binding.bind_ortvalue_input(name, onnxruntime.OrtValue.ortvalue_from_numpy(value))
+            for name, cache in (("k", k), ("v", v)):
+                shared = onnxruntime.OrtValue.ortvalue_from_numpy(np.from_dlpack(cache))  # the pool's own memory
+                binding.bind_ortvalue_input(f"past_{name}", shared)
+                binding.bind_ortvalue_output(f"present_{name}", shared)
+            binding.bind_output("out")
+            return lambda: session.run_with_iobinding(binding)
 
-    def token(heads: int) -> np.ndarray:
-        return rng.standard_normal((case.batch, 1, heads * case.head_dim), dtype=np.float32).astype(dtype)
-
-    def call(k: mx.array, v: mx.array) -> Call:
-        binding = session.io_binding()
-        values = {"q": token(case.heads), "k": token(case.heads_k), "v": token(case.heads_k)}
-        values |= {"seqlens_k": np.full(case.batch, case.length - 1, np.int32), "total": np.array([case.length], np.int32)}
-        for name, value in values.items():
-            binding.bind_ortvalue_input(name, onnxruntime.OrtValue.ortvalue_from_numpy(value))
-        for name, cache in (("k", k), ("v", v)):
-            shared = onnxruntime.OrtValue.ortvalue_from_numpy(np.from_dlpack(cache))  # the pool's own memory
-            binding.bind_ortvalue_input(f"past_{name}", shared)
-            binding.bind_ortvalue_output(f"present_{name}", shared)
-        binding.bind_output("out")
-        return lambda: session.run_with_iobinding(binding)
-
-    return [call(*pool.cache(case, index, heads_first=True)) for index in range(pool.caches(case))]
+        return [call(*pool.cache(case, index, heads_first=True)) for index in range(pool.caches(case))]

@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-import importlib.util
+import itertools
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
-from cases import Case, DecodeCase
-from peers import Inputs
+from cache_pool import CachePool
+from case import Case, DecodeCase
+from peers.base import Inputs, Peer
 from timing import Call
-
-NAME = "openvino"
 
 # Its names of what it computes in; tensors of bfloat16 are handed over in float32, which numpy has.
 PRECISION = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
-PREFILL_TOKENS = 256
-
-
-def is_installed() -> bool:
-    return importlib.util.find_spec("openvino") is not None
 
 
 def _request(model: Any, dtype: str, threads: int) -> Any:
@@ -30,39 +24,6 @@ def _request(model: Any, dtype: str, threads: int) -> Any:
         "INFERENCE_PRECISION_HINT": PRECISION[dtype], "KV_CACHE_PRECISION": PRECISION[dtype], "INFERENCE_NUM_THREADS": threads,
     }  # fmt: skip
     return openvino.Core().compile_model(model, "CPU", options).create_infer_request()
-
-
-class OpenVino:
-    name = NAME
-
-    def __init__(self, threads: int) -> None:
-        self.threads = threads
-
-    def missing(self, case: Case) -> str:
-        if not is_installed():
-            return "not installed (make bench-peers)"
-        if case.backward:
-            return "no backward"
-        return "" if case.feature == "plain" and case.heads == case.heads_k else f"not asked for {case.feature}"
-
-    def prepare(self, case: Case, x: Inputs) -> Call:
-        import openvino
-        from openvino import opset13 as ops
-
-        element = openvino.Type.f16 if case.dtype == "float16" else openvino.Type.f32
-        names = ("q", "k", "v")
-        parameters = [ops.parameter([-1, case.heads, -1, case.head_dim], element, name=name) for name in names]
-        out = ops.scaled_dot_product_attention(*parameters, causal=case.causal)
-        request = _request(openvino.Model([out], parameters, "attention"), case.dtype, self.threads)
-        dtype = mx.float16 if case.dtype == "float16" else mx.float32
-        tensors = [openvino.Tensor(np.array(mx.contiguous(t.astype(dtype).swapaxes(1, 2)))) for t in (x.q, x.k, x.v)]
-        return lambda: request.infer(tensors, share_inputs=True, share_outputs=True)
-
-
-def decode_missing(case: DecodeCase) -> str:
-    if not is_installed():
-        return "not installed (make bench-peers)"
-    return "" if case.dtype in PRECISION else f"not asked for an {case.dtype} cache"
 
 
 def _stateful_model(case: DecodeCase) -> Any:
@@ -93,25 +54,52 @@ def _stateful_model(case: DecodeCase) -> Any:
     return openvino.Model([ops.result(out)], assigned, [q, new["k"], new["v"], beam, mask], "decode")
 
 
-def decode(case: DecodeCase, threads: int) -> list[Call]:
-    """One cache, its own, which grows by a token a call."""
-    request = _request(_stateful_model(case), case.dtype, threads)
-    rng = np.random.default_rng(1)
-    length = 0
+class OpenVino(Peer):
+    name = "openvino"
+    title = "OpenVINO"
+    packages = ("openvino",)
 
-    def infer(tokens: int) -> None:
-        nonlocal length
-        length += tokens
+    def lacks(self, case: Case) -> str:
+        if case.backward:
+            return "no backward"
+        return "" if case.feature == "plain" and case.heads == case.heads_k else f"not asked for {case.feature}"
 
-        def rows(heads: int) -> np.ndarray:
+    def prepare(self, case: Case, x: Inputs) -> Call:
+        import openvino
+        from openvino import opset13 as ops
+
+        element = openvino.Type.f16 if case.dtype == "float16" else openvino.Type.f32
+        names = ("q", "k", "v")
+        parameters = [ops.parameter([-1, case.heads, -1, case.head_dim], element, name=name) for name in names]
+        out = ops.scaled_dot_product_attention(*parameters, causal=case.causal)
+        request = _request(openvino.Model([out], parameters, "attention"), case.dtype, self.threads)
+        dtype = mx.float16 if case.dtype == "float16" else mx.float32
+        tensors = [openvino.Tensor(np.array(mx.contiguous(t.astype(dtype).swapaxes(1, 2)))) for t in (x.q, x.k, x.v)]
+        return lambda: request.infer(tensors, share_inputs=True, share_outputs=True)
+
+    def lacks_decode(self, case: DecodeCase) -> str:
+        return "" if case.dtype in PRECISION else f"not asked for an {case.dtype} cache"
+
+    def decode(self, case: DecodeCase, pool: CachePool) -> list[Call]:
+        """One cache, its own, which grows by a token a call."""
+        import openvino
+
+        request = _request(_stateful_model(case), case.dtype, self.threads)
+        rng = np.random.default_rng(1)
+
+        def rows(heads: int, tokens: int = 1) -> np.ndarray:
             return rng.standard_normal((case.batch, heads, tokens, case.head_dim), dtype=np.float32)
 
+        for state in request.query_state():
+            state.state = openvino.Tensor(rows(case.heads_k, case.length - 1))
+        lengths = itertools.count(case.length)
         inputs = {
             "q": rows(case.heads), "k": rows(case.heads_k), "v": rows(case.heads_k),
-            "beam_idx": np.arange(case.batch, dtype=np.int32), "mask": np.zeros((case.batch, 1, tokens, length), np.float32),
+            "beam_idx": np.arange(case.batch, dtype=np.int32),
         }  # fmt: skip
-        request.infer(inputs, share_inputs=True, share_outputs=True)
 
-    while length < case.length:  # the model takes as many queries as keys
-        infer(min(PREFILL_TOKENS, case.length - length))
-    return [lambda: infer(1)]
+        def infer() -> None:
+            mask = np.zeros((case.batch, 1, 1, next(lengths)), np.float32)
+            request.infer(inputs | {"mask": mask}, share_inputs=True, share_outputs=True)
+
+        return [infer]
