@@ -45,7 +45,7 @@ inline void write_cache_row(const Tensor& tensor, const Quantization& quantizati
     }
     case DType::affine8:
     case DType::affine4: {
-      constexpr int max_groups = max_head_dim_of_tensor / quantization_group;
+      constexpr int max_groups = round_up(max_head_dim_of_tensor / quantization_group, lanes);  // write_row takes whole vectors
       float scales[max_groups];
       float biases[max_groups];
       quantize_affine(row, dim, tensor.dtype == DType::affine8 ? 8 : 4, destination, scales, biases);

@@ -14,8 +14,8 @@
 namespace flash_attn::cpu::FA_LEVEL {
 namespace {
 
-constexpr int decode_block = 4 * walk_keys;  // keys: what is asked for ahead stays in L2 until it is read
-constexpr int value_walk = 8;                // keys that share a load of O
+constexpr int decode_block = 16 * walk_keys;  // keys: P of a block stays in L1
+constexpr int bytes_ahead = 1024;             // of each row that is read, what is asked for
 constexpr int max_decode_panels = (max_decode_rows + panel_rows - 1) / panel_rows;
 
 struct DecodeSizes {
@@ -93,14 +93,17 @@ inline void start_rows(const DecodePass& pass, const DecodeTask& task, DecodeSta
   }
 }
 
-// A block of keys and where they lie; `walk_keys` more repeat the last one.
+// A block of keys and where they lie. It is read as `walk_keys` streams side by side, each through a stretch of keys of its
+// own, a key a step: so no two streams share a page of memory, where the processor's prefetcher would take them for one.
 struct KeySlots {
   std::int32_t begin;
   int count;
-  KeySlot slots[decode_block + walk_keys];
+  int steps;
+  KeySlot slots[decode_block + walk_keys];  // those after the last key repeat it
 
   KeySlots() = default;
-  KeySlots(const DecodePass& pass, const Unit& unit, std::int32_t first, int keys) : begin(first), count(keys) {
+  KeySlots(const DecodePass& pass, const Unit& unit, std::int32_t first, int keys)
+      : begin(first), count(keys), steps((keys + walk_keys - 1) / walk_keys) {
     int next = 0;
     for_each_stretch(*pass.problem, *pass.inputs, unit.sequence, unit.batch, {first, first + keys},
                      [&](std::int32_t, std::int32_t stretch, KeySlot slot) {
@@ -108,32 +111,51 @@ struct KeySlots {
                      });
     for (int i = 0; i < walk_keys && keys > 0; ++i) slots[next++] = slots[keys - 1];
   }
+
+  KeySlot slot(int step, int stream) const { return slots[stream * steps + step]; }
+  // Streams that have a key left at a step.
+  int streams(int step) const { return min_of(walk_keys, (count - step + steps - 1) / steps); }
 };
 
-// Asks for rows that the next phase reads, into L2: V while scores are computed, the next block's K while values are added, so
-// that memory works while the arithmetic does. A tenth of the time of 16-bit and 8-bit caches; float32 asks memory for more
-// than it gives anyway, and requests are only in its way.
-template <DType dtype>
-FA_INLINE void prefetch_rows(const KeyTensor& source, const KeySlots& keys, int begin, int count, std::int32_t head) {
-  if constexpr (dtype == DType::float32) return;
-  constexpr int cache_line = 64;
-  constexpr int into_l2 = 2;
-  for (int key = begin; key < min_of(begin + count, keys.count); ++key) {
-    const char* row = first_element(source, keys.slots[key], head);
-    for (int byte = 0; byte < row_bytes<dtype>(source.dim); byte += cache_line) __builtin_prefetch(row + byte, 0, into_l2);
-  }
-}
+// Where the rows of one step lie. What is only asked for may be a page that does not exist: any other place will do.
+struct StreamRows {
+  const char* of_first_head[walk_keys];
+  std::int64_t head_bytes;
 
-// float32: only the first lines of the tokens that are read next. Theirs are new pages of memory, which nobody but us can
-// announce: the processor's own prefetcher stops at the end of each. 3 to 4 % of the time; 16-bit caches gain nothing.
-template <DType dtype>
-FA_INLINE void touch_rows(const KeyTensor& source, const KeySlots& keys, int begin, int count, std::int32_t head) {
-  if constexpr (dtype != DType::float32) return;
-  constexpr int cache_line = 64;
-  const int bytes = min_of(8 * cache_line, row_bytes<dtype>(source.dim));
-  for (int key = begin; key < min_of(begin + count, keys.count); ++key) {
-    const char* row = first_element(source, keys.slots[key], head);
-    for (int byte = 0; byte < bytes; byte += cache_line) __builtin_prefetch(row + byte);
+  FA_INLINE StreamRows(const KeyTensor& source, const KeySlots& keys, int step, std::int32_t first_head)
+      : head_bytes(source.tensor->strides.head * size_of(source.tensor->dtype)) {
+    for (int i = 0; i < walk_keys; ++i) {
+      KeySlot slot = keys.slot(step, i);
+      slot.row = max_of(slot.row, 0);
+      of_first_head[i] = element(source.tensor->data, source.tensor->dtype, slot.offset(source.tensor->strides, first_head));
+    }
+  }
+};
+
+// visit(step, head, rows, ahead) for all rows of a block, the heads of one step after the other. `ahead` is what the visitor
+// asks for while it reads `rows`, a line for every line: the same streams, `bytes_ahead` on, then the first step of `next`. At
+// this steady rate memory works while the arithmetic does; in bursts, or without, it waits (docs/performance.md).
+template <DType dtype, class Visit>
+FA_INLINE void walk(const Unit& unit, const KeyTensor& source, const KeySlots& keys, const KeyTensor& next_source,
+                    const KeySlots& next_keys, Visit visit) {
+  const int heads_ahead = clamp_to(bytes_ahead / max_of(1, row_bytes<dtype>(source.dim)), 1, unit.kv_heads);
+  for (int step = 0; step < keys.steps; ++step) {
+    const StreamRows here(source, keys, step, unit.kv_head);
+    const StreamRows next = step + 1 < keys.steps ? StreamRows(source, keys, step + 1, unit.kv_head)
+                                                  : StreamRows(next_source, next_keys, 0, unit.kv_head);
+    for (int head = 0; head < unit.kv_heads; ++head) {
+      const int head_ahead = head + heads_ahead;
+      const bool is_here = head_ahead < unit.kv_heads;
+      const StreamRows& place = is_here ? here : next;
+      const std::int64_t offset = (is_here ? head_ahead : head_ahead - unit.kv_heads) * place.head_bytes;
+      KeyRow<dtype> rows[walk_keys];
+      const char* ahead[walk_keys];
+      for (int i = 0; i < walk_keys; ++i) {
+        rows[i] = KeyRow<dtype>(source, keys.slot(step, i), unit.kv_head + head);
+        ahead[i] = place.of_first_head[i] + offset;
+      }
+      visit(step, head, rows, ahead);
+    }
   }
 }
 
@@ -143,27 +165,16 @@ inline void score_block(const DecodePass& pass, const Unit& unit, const KeySlots
   const float scale = ScoreScale(problem).query;
   const KeyTensor k = keys_of(problem, *pass.inputs);
   const KeyTensor v = values_of(problem, *pass.inputs);
+  const std::int64_t stride = state.sizes.score_stride;
   const int rows = unit.rows_of_head();
   const auto multiply = [&]<DType dtype>(const KeyTensor& source, const float* q, std::int64_t q_stride, bool add) {
-    for (int key = 0; key < keys.count; key += walk_keys) {
-      for (int head = 0; head < unit.kv_heads; ++head) {
-        KeyRow<dtype> key_rows[walk_keys];
-        for (int i = 0; i < walk_keys; ++i) key_rows[i] = KeyRow<dtype>(source, keys.slots[key + i], unit.kv_head + head);
-        prefetch_rows<v_dtype>(v, keys, key, walk_keys, unit.kv_head + head);
-        if (head == unit.kv_heads / 2) {
-          if (key + walk_keys < keys.count) {
-            touch_rows<dtype>(source, keys, key + walk_keys, walk_keys, unit.kv_head);
-          } else {
-            touch_rows<v_dtype>(v, keys, 0, value_walk, unit.kv_head);
-          }
-        }
-        for_each_row_tile(rows, [&](int tile, auto count) {
-          const int row = head * rows + tile;
-          dots<dtype, count>(key_rows, q + row * q_stride, q_stride, source.dim, scale, add,
-                             state.scores + key * state.sizes.score_stride + row, state.sizes.score_stride);
-        });
-      }
-    }
+    walk<dtype>(unit, source, keys, v, keys, [&](int step, int head, const KeyRow<dtype>* key_rows, const char* const* ahead) {
+      for_each_row_tile(rows, [&](int tile, auto count) {
+        const int row = head * rows + tile;
+        dots<dtype, count>(key_rows, ahead, q + row * q_stride, q_stride, source.dim, scale, add,
+                           state.scores + step * stride + row, keys.steps * stride);
+      });
+    });
   };
   multiply.template operator()<k_dtype>(k, state.q, state.sizes.q_stride, false);
   if (problem.has_qv) multiply.template operator()<v_dtype>(v, state.qv, state.sizes.qv_stride, true);
@@ -200,33 +211,22 @@ inline void softmax_block(const DecodePass& pass, const Unit& unit, const KeySlo
   }
 }
 
-template <DType k_dtype, DType v_dtype>
+// `next`: the block whose keys are read after these values.
+template <DType v_dtype>
 inline void value_block(const DecodePass& pass, const Unit& unit, const KeySlots& keys, const KeySlots& next,
                         DecodeState& state) {
   const KeyTensor k = keys_of(*pass.problem, *pass.inputs);
   const KeyTensor v = values_of(*pass.problem, *pass.inputs);
+  const std::int64_t stride = state.sizes.score_stride;
   const int rows = unit.rows_of_head();
-  for (int key = 0; key < keys.count; key += value_walk) {
-    const int count = min_of(value_walk, keys.count - key);
-    for (int head = 0; head < unit.kv_heads; ++head) {
-      KeyRow<v_dtype> value_rows[value_walk];
-      for (int i = 0; i < count; ++i) value_rows[i] = KeyRow<v_dtype>(v, keys.slots[key + i], unit.kv_head + head);
-      prefetch_rows<k_dtype>(k, next, key, value_walk, unit.kv_head + head);
-      if (head == unit.kv_heads / 2) {
-        if (key + value_walk < keys.count) {
-          touch_rows<v_dtype>(v, keys, key + value_walk, value_walk, unit.kv_head);
-        } else {
-          touch_rows<k_dtype>(k, next, 0, walk_keys, unit.kv_head);
-        }
-      }
-      for_each_row_tile(rows, [&](int tile, auto tile_count) {
-        const int row = head * rows + tile;
-        add_values<v_dtype, tile_count>(value_rows, count, state.scores + key * state.sizes.score_stride + row,
-                                        state.sizes.score_stride, key == 0 ? state.alpha + row : nullptr, v.dim,
-                                        state.o + row * state.sizes.o_stride, state.sizes.o_stride);
-      });
-    }
-  }
+  walk<v_dtype>(unit, v, keys, k, next, [&](int step, int head, const KeyRow<v_dtype>* value_rows, const char* const* ahead) {
+    for_each_row_tile(rows, [&](int tile, auto count) {
+      const int row = head * rows + tile;
+      add_values<v_dtype, count>(value_rows, ahead, keys.streams(step), state.scores + step * stride + row, keys.steps * stride,
+                                 step == 0 ? state.alpha + row : nullptr, v.dim, state.o + row * state.sizes.o_stride,
+                                 state.sizes.o_stride);
+    });
+  });
 }
 
 inline void finish_rows(const DecodePass& pass, const DecodeTask& task, DecodeState& state) {
@@ -251,7 +251,7 @@ inline void decode_rows(const DecodePass& pass, const DecodeTask& task, float* s
     next = KeySlots(pass, unit, end, min_of(decode_block, task.keys.end - end));
     score_block<k_dtype, v_dtype>(pass, unit, keys, state);
     softmax_block(pass, unit, keys, steps, state);
-    value_block<k_dtype, v_dtype>(pass, unit, keys, next, state);
+    value_block<v_dtype>(pass, unit, keys, next.count > 0 ? next : keys, state);
   }
   finish_rows(pass, task, state);
 }

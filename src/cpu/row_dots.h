@@ -1,5 +1,6 @@
 // The two products of attention for a few query rows, which read K and V where they lie: head dims in the lanes, every row of
-// K and V loaded once for up to `tile_rows` query rows.
+// K and V loaded once for up to `tile_rows` query rows. With every line that they read they ask for one of `ahead`, the rows
+// that are read later.
 #pragma once
 
 #include "cpu/key_row.h"
@@ -8,6 +9,7 @@ namespace flash_attn::cpu::FA_LEVEL {
 namespace {
 
 constexpr int tile_rows = 4;
+constexpr int cache_line = 64;  // bytes
 
 // Keys of a tile of M rows: M * dot_keys accumulators and as many vectors of K leave a register for Q.
 template <int M>
@@ -25,7 +27,8 @@ FA_INLINE void sum_lanes(Vec a, Vec b, Vec c, Vec d, float* sums) {
 
 // acc[key][row] += K_key . Q_row, a vector of partial sums. q [M][q_stride], zeros after the last dim.
 template <DType dtype, int K, int M>
-FA_INLINE void add_dots(const KeyRow<dtype>* keys, const float* q, std::int64_t q_stride, int dim, Vec (&acc)[K][M]) {
+FA_INLINE void add_dots(const KeyRow<dtype>* keys, const char* const* ahead, const float* q, std::int64_t q_stride, int dim,
+                        Vec (&acc)[K][M]) {
   const auto add = [&](int d, const Vec(&k)[K]) {
 #pragma GCC unroll 4
     for (int m = 0; m < M; ++m) {
@@ -38,7 +41,10 @@ FA_INLINE void add_dots(const KeyRow<dtype>* keys, const float* q, std::int64_t 
   int d = 0;
   for (; d + lanes <= dim; d += lanes) {
 #pragma GCC unroll 8
-    for (int i = 0; i < K; ++i) k[i] = keys[i].load(d);
+    for (int i = 0; i < K; ++i) {
+      k[i] = keys[i].load(d);
+      __builtin_prefetch(ahead[i] + row_bytes<dtype>(d));
+    }
     add(d, k);
   }
   if constexpr (KeyRow<dtype>::has_tail) {
@@ -50,11 +56,11 @@ FA_INLINE void add_dots(const KeyRow<dtype>* keys, const float* q, std::int64_t 
 
 // scores[key * stride + row] = scale * K_key . Q_row, or added to what is there.
 template <DType dtype, int K, int M>
-FA_INLINE void dots_tile(const KeyRow<dtype>* keys, const float* q, std::int64_t q_stride, int dim, float scale, bool add,
-                         float* scores, std::int64_t stride) {
+FA_INLINE void dots_tile(const KeyRow<dtype>* keys, const char* const* ahead, const float* q, std::int64_t q_stride, int dim,
+                         float scale, bool add, float* scores, std::int64_t stride) {
   constexpr int count = K * M;
   Vec acc[K][M] = {};
-  add_dots<dtype, K, M>(keys, q, q_stride, dim, acc);
+  add_dots<dtype, K, M>(keys, ahead, q, q_stride, dim, acc);
   float sums[(count + 3) / 4 * 4];
 #pragma GCC unroll 8
   for (int i = 0; i < count; i += 4) {
@@ -76,10 +82,10 @@ FA_INLINE void dots_tile(const KeyRow<dtype>* keys, const float* q, std::int64_t
 constexpr int walk_keys = 6;
 
 template <DType dtype, int M>
-inline void dots(const KeyRow<dtype>* keys, const float* q, std::int64_t q_stride, int dim, float scale, bool add,
-                 float* scores, std::int64_t stride) {
+inline void dots(const KeyRow<dtype>* keys, const char* const* ahead, const float* q, std::int64_t q_stride, int dim,
+                 float scale, bool add, float* scores, std::int64_t stride) {
   for (int key = 0; key < walk_keys; key += dot_keys<M>) {
-    dots_tile<dtype, dot_keys<M>, M>(keys + key, q, q_stride, dim, scale, add, scores + key * stride, stride);
+    dots_tile<dtype, dot_keys<M>, M>(keys + key, ahead + key, q, q_stride, dim, scale, add, scores + key * stride, stride);
   }
 }
 
@@ -102,8 +108,8 @@ FA_INLINE void for_each_row_tile(int rows, Visit visit) {
 
 // o[row][d] = rescale[row] * o[row][d] + sum over keys of p[key][row] * V_key[d], for W vectors of dims.
 template <DType dtype, int M, int W>
-FA_INLINE void add_values_tile(const KeyRow<dtype>* values, int keys, const float* p, std::int64_t p_stride,
-                               const float* rescale, int d, int tail, float* o, std::int64_t o_stride) {
+FA_INLINE void add_values_tile(const KeyRow<dtype>* values, const char* const* ahead, int keys, const float* p,
+                               std::int64_t p_stride, const float* rescale, int d, int tail, float* o, std::int64_t o_stride) {
   Vec acc[M][W];
 #pragma GCC unroll 4
   for (int m = 0; m < M; ++m) {
@@ -123,6 +129,8 @@ FA_INLINE void add_values_tile(const KeyRow<dtype>* values, int keys, const floa
         v[w] = values[key].load(d + w * lanes);
       }
     }
+    const char* row_ahead = ahead[key] + row_bytes<dtype>(d);
+    for (int byte = 0; byte < row_bytes<dtype>(W * lanes); byte += cache_line) __builtin_prefetch(row_ahead + byte);
     const float factor = values[key].factor();
 #pragma GCC unroll 4
     for (int m = 0; m < M; ++m) {
@@ -139,14 +147,14 @@ FA_INLINE void add_values_tile(const KeyRow<dtype>* values, int keys, const floa
 }
 
 template <DType dtype, int M>
-inline void add_values(const KeyRow<dtype>* values, int keys, const float* p, std::int64_t p_stride, const float* rescale,
-                       int dim, float* o, std::int64_t o_stride) {
+inline void add_values(const KeyRow<dtype>* values, const char* const* ahead, int keys, const float* p, std::int64_t p_stride,
+                       const float* rescale, int dim, float* o, std::int64_t o_stride) {
   int d = 0;
   for (; d + value_vectors * lanes <= dim; d += value_vectors * lanes) {
-    add_values_tile<dtype, M, value_vectors>(values, keys, p, p_stride, rescale, d, 0, o, o_stride);
+    add_values_tile<dtype, M, value_vectors>(values, ahead, keys, p, p_stride, rescale, d, 0, o, o_stride);
   }
   for (; d < dim; d += lanes) {
-    add_values_tile<dtype, M, 1>(values, keys, p, p_stride, rescale, d, d + lanes <= dim ? 0 : dim - d, o, o_stride);
+    add_values_tile<dtype, M, 1>(values, ahead, keys, p, p_stride, rescale, d, d + lanes <= dim ? 0 : dim - d, o, o_stride);
   }
 }
 
