@@ -223,8 +223,8 @@ def write_results(
         "left_out": lines,
     }
     write_json(path, whole)
-    save_plot(args.plot, whole, subtitle)
-    console.print(f"wrote {path} and {args.plot}", soft_wrap=True)
+    drawn = f" and {args.plot}" if save_plot(args.plot, whole, subtitle) else ""
+    console.print(f"wrote {path}{drawn}", soft_wrap=True)
 
 
 def main() -> int:

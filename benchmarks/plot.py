@@ -112,25 +112,23 @@ def _plot_features(axes: Axes, rows: list[Row]) -> None:
     _head(axes, "What a feature costs", columns=2)
 
 
-def _draw_together(
-    rows: list[Row], draw: Callable[[Axes, list[Row]], None]
-) -> list[tuple[Callable[[Axes, list[Row]], None], list[Row]]]:
-    return [(draw, rows)] if rows else []
-
-
-def save_plot(path: Path, results: dict[str, Any], subtitle: str) -> None:
+def save_plot(path: Path, results: dict[str, Any], subtitle: str) -> bool:
+    """False, and no picture, where there is nothing to draw."""
     costs = [row for row in results["cases"] if row["section"] in ("features", "pairs")]
     features = [row for row in costs if row["implementation"] == "ours" and row["of_plain"]]
     speed = [row for row in results["cases"] if row not in costs] or costs
-    right = _draw_together(features, _plot_features) + _draw_together(results["decode"], _plot_decode)
-    panels = _draw_together(speed, _plot_speed)
+    left = [(draw, rows) for draw, rows in ((_plot_speed, speed),) if rows]
+    right = [(draw, rows) for draw, rows in ((_plot_features, features), (_plot_decode, results["decode"])) if rows]
+    columns = [panels for panels in (left, right) if panels]
+    if not columns:
+        return False
     height = max(5.0, 1.8 + 0.42 * len(groups(speed)), 5.5 * len(right))
-    figure = plt.figure(figsize=(8.5 * (bool(panels) + bool(right)) or 8.5, height), layout="constrained")
-    columns = figure.subfigures(1, bool(panels) + bool(right), squeeze=False)[0] if panels or right else []
-    for column, drawn in zip(columns, [part for part in (panels, right) if part], strict=True):
-        for axes, (draw, rows) in zip(column.subplots(len(drawn), 1, squeeze=False)[:, 0], drawn, strict=True):
+    figure = plt.figure(figsize=(8.5 * len(columns), height), layout="constrained")
+    for part, panels in zip(figure.subfigures(1, len(columns), squeeze=False)[0], columns, strict=True):
+        for axes, (draw, rows) in zip(part.subplots(len(panels), 1, squeeze=False)[:, 0], panels, strict=True):
             draw(axes, rows)
     figure.suptitle(subtitle, fontsize=9, color="#555555")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
     plt.close(figure)
+    return True
