@@ -114,7 +114,7 @@ def decode_cases(dtype: str) -> list[DecodeCase]:
 
 def paged_cases(dtype: str) -> list[DecodeCase]:
     """Timed in pages of PAGE_SIZES against a contiguous cache."""
-    prefill = [DecodeCase(1, length, dtype, seqlen_q=queries) for length, queries in PREFILL_SHAPES]
+    prefill = [DecodeCase(1, length, dtype, heads=8, seqlen_q=queries) for length, queries in PREFILL_SHAPES]
     return [DecodeCase(batch, length, dtype) for batch, length in DECODE_SHAPES] + (prefill if dtype == "float32" else [])
 
 

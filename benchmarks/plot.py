@@ -81,7 +81,7 @@ def _plot_decode(axes: Axes, rows: list[Row]) -> None:
         text=lambda row: f"{row['gbs']:.1f} GB/s  {row['ms']:.3g} ms",
     )
     axes.set_xlabel("share of the memory read ceiling, K and V read once; longer is better")
-    _head(axes, "Decode over a KV cache", columns=3)
+    _head(axes, "Decode over a KV cache", columns=5)
 
 
 def _plot_features(axes: Axes, rows: list[Row]) -> None:

@@ -51,7 +51,7 @@ def case_line(case_label: str, steps: str, rows: list[Row]) -> str:
     ours = next(row for row in rows if row["implementation"] == "ours")
     parts = [f"{case_label:43} {steps:17} {ours['ms']:8.1f} ms {gflops(ours):>5} GFLOP/s"]
     if ours["of_plain"]:
-        parts.append(f"{ours['of_plain']:.2f} of plain")
+        parts.append(f"{ours['of_plain']:.2f} of {'plain' if ours['feature'] != 'plain' else 'float32'}")
     for row in rows:
         if row is not ours:
             parts.append(f"{TITLES[row['implementation']]} {milliseconds(row)} ms")
@@ -99,7 +99,7 @@ def print_cases(console: Console, rows: list[Row]) -> None:
 
 
 def print_features(console: Console, rows: list[Row]) -> None:
-    ours = [row for row in rows if row["implementation"] == "ours" and row["of_plain"]]
+    ours = [row for row in rows if row["implementation"] == "ours" and row["feature"] != "plain"]
     shapes = sorted({(row["dtype"], row["seqlen"], row["head_dim"], row["steps"]) for row in ours}, key=_shape_order)
     if not ours:
         return

@@ -115,6 +115,8 @@ def evaluate_cases(rows: list[Row], has_bf16: bool) -> list[Target]:
             bar = Target(what, "of plain", need, ours["of_plain"])
         if bar:
             targets.append(bar)
+            if ours["section"] == "half" and ours["of_plain"]:
+                targets.append(Target(what, "of f32's speed", 1.0, ours["of_plain"]))
             # Backward is 1.2 times ahead whatever the bar; the bar may only lower what causal prefill needs.
             lower = bar if ours["steps"] == FORWARD else None
             targets += _ahead(what, ours, peers, _times_ahead(ours, has_bf16), lower)

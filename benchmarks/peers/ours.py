@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -45,7 +45,8 @@ class Ours(Peer):
         return ""
 
     def decode(self, case: DecodeCase, pool: CachePool) -> list[Call]:
-        return [_attend(case, pool.cache(case, index)) for index in range(pool.caches(case))]
+        attend = _attention_over(case)
+        return [attend(pool.cache(case, index)) for index in range(pool.caches(case))]
 
 
 def paged_decode(case: DecodeCase, pool: CachePool, page_size: int) -> list[Call]:
@@ -58,17 +59,23 @@ def paged_decode(case: DecodeCase, pool: CachePool, page_size: int) -> list[Call
         for index in range(pool.caches(case))
     ]
     mx.eval(tables)
-    return [_attend(case, pages, table) for table in tables]
+    attend = _attention_over(case)
+    return [attend(pages, table) for table in tables]
 
 
-def _attend(case: DecodeCase, cache: list[mx.array], block_table: mx.array | None = None) -> Call:
+def _attention_over(case: DecodeCase) -> Callable[..., Call]:
+    """The same queries, over whichever cache."""
     q = decode_query(case, case.seqlen_q, case.heads)
     lengths = mx.full((case.batch,), case.length, dtype=mx.int32)
     mx.eval(lengths)
-    k, v, *scales = cache
-    options: dict[str, Any] = dict(zip(("k_scale", "v_scale"), scales, strict=True)) if scales else {}
-    options |= {"cache_seqlens": lengths, "block_table": block_table, "causal": True}
-    return lambda: mx.eval(flash_attn.flash_attn_with_kvcache(q, k, v, **options))
+
+    def attend(cache: list[mx.array], block_table: mx.array | None = None) -> Call:
+        k, v, *scales = cache
+        options: dict[str, Any] = dict(zip(("k_scale", "v_scale"), scales, strict=True)) if scales else {}
+        options |= {"cache_seqlens": lengths, "block_table": block_table, "causal": True}
+        return lambda: mx.eval(flash_attn.flash_attn_with_kvcache(q, k, v, **options))
+
+    return attend
 
 
 @contextmanager
