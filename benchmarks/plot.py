@@ -54,7 +54,7 @@ def _plot_shares(axes: Axes, rows: list[Row], share: str, label: Callable[[Row],
     axes.axvline(1.0, color="black", linestyle="--", linewidth=1, label="ceiling")
     axes.set_yticks(range(len(labels)), labels, fontsize=8)
     axes.set_ylim(len(labels) - 0.4, -0.6)
-    axes.set_xlim(0, max([1.0, *(row[share] for row in rows)]) * 1.16)
+    axes.set_xlim(0, max([1.0, *(row[share] for row in rows)]) * 1.25)
     axes.xaxis.set_major_formatter("{x:.0%}")
 
 

@@ -223,8 +223,12 @@ def print_targets(console: Console, targets: list[Target]) -> None:
 
 
 def _need(target: Target) -> str:
-    return f"{'<=' if target.at_most else '>='} {target.need:.2f}"
+    return f"{'<=' if target.at_most else '>='} {_number(target.need)}"
 
 
 def _got(target: Target) -> str:
-    return "-" if target.got is None else f"{target.got:.2f}"
+    return "-" if target.got is None else _number(target.got)
+
+
+def _number(value: float) -> str:
+    return f"{value:.3f}" if abs(value) < 2 else f"{value:.1f}"

@@ -138,7 +138,7 @@ def evaluate_decode(rows: list[Row], fma_gflops: float, cache_gbs: float, empty_
             continue
         bars = [Target(what, "of f32 FMA", DECODE_OF_FMA, ours["of_fma"])] if ours["dtype"] != "float32" else []
         if ours["dtype"] == INT8:
-            bars.append(Target(what, "x f32's tokens/s", INT8_TIMES_FLOAT32, ours["times_float32"]))
+            bars.append(Target(what, "of f32's tokens/s", INT8_TIMES_FLOAT32, ours["times_float32"]))
         else:
             bars.append(Target(what, "of read", OF_READ[ours["dtype"]], ours["of_read"]))
         targets.append(max(bars, key=lambda bar: (bar.got or 0.0) / bar.need))

@@ -74,8 +74,8 @@ def median_ratio(numerator: Call, denominator: Call, pairs: int) -> float:
     ratios = []
     for pair in range(pairs):
         if pair % 2:
-            below, above = seconds_of(denominator), seconds_of(numerator)
+            below, above = best_seconds_of(denominator), best_seconds_of(numerator)
         else:
-            above, below = seconds_of(numerator), seconds_of(denominator)
+            above, below = best_seconds_of(numerator), best_seconds_of(denominator)
         ratios.append(above / below)
     return statistics.median(ratios)

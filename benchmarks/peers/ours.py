@@ -23,7 +23,7 @@ class Ours(Peer):
     title = "ours"
 
     def prepare(self, case: Case, x: Inputs) -> Call:
-        options = {
+        options: dict[str, Any] = {
             "causal": case.causal, "window_size": case.window, "softcap": case.softcap, "alibi_slopes": x.alibi_slopes,
             "dropout_p": case.dropout_p, "dropout_key": x.dropout_key, "attn_mask": x.attn_mask, "return_softmax_lse": case.lse,
         }  # fmt: skip

@@ -327,6 +327,7 @@ def results(benchmark_module) -> dict:
     numbers = {"gflops": {"avx2": 120.0}, "level": "avx2", "read_gbs": 30.0, "cache_gbs": 60.0}
     return {
         "machine": {"cpu": "a CPU", "threads": 2, "mlx": "0.0"}, "ceilings": numbers, "cases": cases, "kv_bench": [],
+        "paged": [{"label": "f16 B8", "paged_time": {"16": 1.051, "128": 1.0}}],
         "decode": [decode_row(gbs=20.0, once=False), decode_row("openvino", gbs=10.0, ms=2.0, once=False)],
         "targets": [vars(target) | {"verdict": target.verdict} for target in targets],
     }  # fmt: skip
@@ -342,9 +343,10 @@ def test_readme_tables_come_from_the_json(results, tmp_path):
     assert text.startswith("above\n")
     assert text.endswith("below\n")
     assert "old" not in text
-    row = "| f32 S2048 D128 causal forward | 10 | 100 | 0.82 | >= 0.82: met | PyTorch 15 | 1.50x | >= 1.20: met |"
+    row = "| f32 S2048 D128 causal forward | 10 | 100 | 0.82 | >= 0.82 of f32 FMA: met | PyTorch 15 | 1.50x | >= 1.20: met |"
     assert row in text.splitlines()
     assert "| softcap | 0.95 |" in text.splitlines()
+    assert "| f16 B8 | 1.051 | 1.000 |" in text.splitlines()
 
 
 def test_the_picture_is_drawn(benchmark_module, results, tmp_path):
