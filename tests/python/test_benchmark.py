@@ -179,6 +179,16 @@ def test_decode_in_cache_is_the_time_of_one_call(benchmark_module, monkeypatch):
     assert rows[0]["gbs"] == pytest.approx(rows[0]["bytes"] / rows[0]["ms"] * 1e-6)
 
 
+def test_a_peer_that_is_not_installed_is_named_and_skipped(benchmark_module, monkeypatch):
+    torch = benchmark_module("peers.pytorch").PyTorch(threads=1)
+    monkeypatch.setattr(torch, "packages", ("no_such_package",))
+    case = benchmark_module("case").Case("forward", heads=1, heads_k=1, seqlen=8, head_dim=8)
+    peers = {"ours": benchmark_module("peers.ours").Ours(threads=1), "torch": torch}
+    rows, missing = benchmark_module("attention").run_case(case, peers, ("torch",), iters=1)
+    assert [row["implementation"] for row in rows] == ["ours"]
+    assert "not installed" in missing["torch"]
+
+
 # ---- targets
 
 
