@@ -99,11 +99,11 @@ SoftmaxRow softmax = start_softmax(learnable_sink, row.head, lane);
 int key = keys.begin / FA_BK * FA_BK;
 KeyLoad first_k;
 first_k.load(k_rows, key, keys, thread_index);
-first_k.store(K, thread_index);
+store_keys(first_k, K, thread_index);
 if (scores_values) {
   ValueLoad first_v;
   first_v.load(v_rows, key, keys, thread_index);
-  first_v.store(V, thread_index);
+  store_values(first_v, V, thread_index);
 }
 for (; key < keys.end; key += FA_BK) {
   const bool sees_block = sees(seen.some, key, key + FA_BK);
@@ -127,7 +127,7 @@ for (; key < keys.end; key += FA_BK) {
 
   if (shares_memory) threadgroup_barrier(mem_flags::mem_threadgroup);
   if (!loads_early && !scores_values) next_v.load(v_rows, key, keys, thread_index);
-  if (!scores_values) next_v.store(V, thread_index);
+  if (!scores_values) store_values(next_v, V, thread_index);
   threadgroup_barrier(mem_flags::mem_threadgroup);  // V is there; K is free
   if (loads_early) next_k.load(k_rows, key + FA_BK, keys, thread_index);
 
@@ -147,10 +147,10 @@ for (; key < keys.end; key += FA_BK) {
 
   if (shares_memory || scores_values) threadgroup_barrier(mem_flags::mem_threadgroup);
   if (!loads_early) next_k.load(k_rows, key + FA_BK, keys, thread_index);
-  next_k.store(K, thread_index);
+  store_keys(next_k, K, thread_index);
   if (scores_values) {
     next_v.load(v_rows, key + FA_BK, keys, thread_index);
-    next_v.store(V, thread_index);
+    store_values(next_v, V, thread_index);
   }
 }
 

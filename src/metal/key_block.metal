@@ -76,7 +76,7 @@ FA_FN DealtRun dealt_run(int dims, uint thread_index) {
   return {int(thread_index) / runs, int(thread_index) % runs * key_run};
 }
 
-FA_CONSTANT int no_key = -1;
+FA_CONSTANT int no_key = -2;  // nor is the next one
 
 /// Whether there is a row for the thread in this turn.
 template <int rows, int dims>
@@ -89,10 +89,10 @@ FA_FN bool is_dealt(DealtRun first, int turn) {
 // A load is asked for before other work and stored after it, unless Q and O leave no registers for that.
 FA_CONSTANT bool loads_early = dim_tiles + value_tiles <= 16 && sizeof(KeyElement) == 2;
 
-// What this thread has of every `step`-th key.
-template <int rows, int dims, int step>
+// A thread's runs of a block: of `neighbours` keys a turn.
+template <int rows, int dims, int neighbours>
 struct DealtRuns {
-  Run<KeyElement, key_run> runs[turns_of(rows, dims)];
+  Run<KeyElement, key_run> runs[turns_of(rows, dims)][neighbours];
 
   /// Of keys from `key` on, of which the block's rows see those that are `needed`.
   template <class Rows>
@@ -100,55 +100,40 @@ struct DealtRuns {
     const DealtRun run = dealt_run(dims, thread_index);
     FA_UNROLL
     for (short turn = 0; turn < turns_of(rows, dims); ++turn) {
-      const int dealt_key = key + step * run.row + step * turn * rows_a_turn(dims);
-      runs[turn] = from.run(is_dealt<rows, dims>(run, turn) ? dealt_key : no_key, run.dim, needed);
-    }
-  }
-};
-
-struct KeyLoad {
-  DealtRuns<FA_BK / 2, stored_dims, 2> even;
-  DealtRuns<FA_BK / 2, stored_dims, 2> odd;
-
-  template <class Rows>
-  FA_FN void load(Rows from, int key, KeyRange needed, uint thread_index) thread {
-    even.load(from, key, needed, thread_index);
-    odd.load(from, key + 1, needed, thread_index);
-  }
-
-  FA_FN void store(threadgroup KeyElement* k, uint thread_index) const thread {
-    const DealtRun run = dealt_run(stored_dims, thread_index);
-    threadgroup KeyElement* to = k + run.row * key_pitch + 2 * run.dim;
-    FA_UNROLL
-    for (short turn = 0; turn < turns_of(FA_BK / 2, stored_dims); ++turn) {
-      if (!is_dealt<FA_BK / 2, stored_dims>(run, turn)) break;
+      const int dealt_key = key + neighbours * run.row + neighbours * turn * rows_a_turn(dims);
+      const int first = is_dealt<rows, dims>(run, turn) ? dealt_key : no_key;
       FA_UNROLL
-      for (short j = 0; j < key_run; ++j) {
-        to[turn * rows_a_turn(stored_dims) * key_pitch + 2 * j] = even.runs[turn].values[j];
-        to[turn * rows_a_turn(stored_dims) * key_pitch + 2 * j + 1] = odd.runs[turn].values[j];
-      }
+      for (short i = 0; i < neighbours; ++i) runs[turn][i] = from.run(first + i, run.dim, needed);
     }
   }
 };
 
-struct ValueLoad {
-  DealtRuns<FA_BK, stored_value_dims, 1> all;
+using KeyLoad = DealtRuns<FA_BK / 2, stored_dims, 2>;
+using ValueLoad = DealtRuns<FA_BK, stored_value_dims, 1>;
 
-  template <class Rows>
-  FA_FN void load(Rows from, int key, KeyRange needed, uint thread_index) thread {
-    all.load(from, key, needed, thread_index);
-  }
-
-  FA_FN void store(threadgroup KeyElement* v, uint thread_index) const thread {
-    const DealtRun run = dealt_run(stored_value_dims, thread_index);
-    threadgroup KeyElement* to = v + run.row * value_pitch + run.dim;
+FA_FN void store_keys(thread const KeyLoad& load, threadgroup KeyElement* k, uint thread_index) {
+  const DealtRun run = dealt_run(stored_dims, thread_index);
+  threadgroup KeyElement* to = k + run.row * key_pitch + 2 * run.dim;
+  FA_UNROLL
+  for (short turn = 0; turn < turns_of(FA_BK / 2, stored_dims); ++turn) {
+    if (!is_dealt<FA_BK / 2, stored_dims>(run, turn)) break;
     FA_UNROLL
-    for (short turn = 0; turn < turns_of(FA_BK, stored_value_dims); ++turn) {
-      if (!is_dealt<FA_BK, stored_value_dims>(run, turn)) break;
-      all.runs[turn].store(to + turn * rows_a_turn(stored_value_dims) * value_pitch);
+    for (short j = 0; j < key_run; ++j) {
+      to[turn * rows_a_turn(stored_dims) * key_pitch + 2 * j] = load.runs[turn][0].values[j];
+      to[turn * rows_a_turn(stored_dims) * key_pitch + 2 * j + 1] = load.runs[turn][1].values[j];
     }
   }
-};
+}
+
+FA_FN void store_values(thread const ValueLoad& load, threadgroup KeyElement* v, uint thread_index) {
+  const DealtRun run = dealt_run(stored_value_dims, thread_index);
+  threadgroup KeyElement* to = v + run.row * value_pitch + run.dim;
+  FA_UNROLL
+  for (short turn = 0; turn < turns_of(FA_BK, stored_value_dims); ++turn) {
+    if (!is_dealt<FA_BK, stored_value_dims>(run, turn)) break;
+    load.runs[turn][0].store(to + turn * rows_a_turn(stored_value_dims) * value_pitch);
+  }
+}
 
 // ---- fragments
 

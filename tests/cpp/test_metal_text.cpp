@@ -40,6 +40,11 @@ TEST(MetalText, LinesAreNeitherShortNorEndless) {
   EXPECT_EQ(lines.find('\n'), 80u);
 }
 
+TEST(MetalText, ABarrierHasALineOfItsOwn) {
+  EXPECT_EQ(squeezed("a();\nthreadgroup_barrier(b);\nx = simd_max(\n    y);\nz = simd_sum(x);\nreturn z;"),
+            "a();threadgroup_barrier(b);\nx=simd_max(y);\nz=simd_sum(x);\nreturn z;\n");
+}
+
 TEST(MetalText, OfAConditionOneBranchStays) {
   const std::string text = "#ifdef FA_A\na\n#elif FA_B > 1 && !defined(FA_C)\nb\n#else\nc\n#endif\n";
   EXPECT_EQ(resolved_text(text, "#define FA_A 1\n#define FA_B 2\n"), "a\n");

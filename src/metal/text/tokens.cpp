@@ -49,6 +49,9 @@ void add_line(std::string_view line, Tokens& tokens) {
   }
 }
 
+/// What all lanes of a simdgroup or threadgroup do together.
+bool is_collective(std::string_view name) { return name == "threadgroup_barrier" || name.starts_with("simd"); }
+
 /// Whether two tokens side by side would read as something else.
 bool need_space(const Token& left, const Token& right) {
   const char end = left.text.back();
@@ -92,21 +95,24 @@ std::string squeezed(const Tokens& tokens, const Names& names) {
   constexpr std::size_t enough_of_line = 80;
   std::string text;
   std::size_t line = 0;
+  bool line_is_full = false;
   bool is_directive = false;
   for (std::size_t i = 0; i < tokens.size(); ++i) {
     const Token& token = tokens[i];
     const bool begins_directive = token.starts_line && token.text == "#";
     if (i > 0) {
       const bool ends_statement = token.starts_line && (text.back() == ';' || text.back() == '}');
-      const bool ends_line = ends_statement && text.size() - line >= enough_of_line;
+      const bool ends_line = ends_statement && (line_is_full || text.size() - line >= enough_of_line);
       if (begins_directive || (is_directive && token.starts_line) || ends_line) {
         text += '\n';
         line = text.size();
+        line_is_full = false;
       } else if (need_space(tokens[i - 1], token) || (is_directive && !token.space.empty())) {
         text += ' ';
       }
     }
     if (token.starts_line) is_directive = begins_directive;
+    line_is_full |= is_collective(token.text);
     const auto name = names.find(token.text);
     text += name == names.end() ? token.text : name->second;
   }

@@ -31,8 +31,8 @@ std::size_t end_of_line(const Tokens& tokens, std::size_t first);
 /// Lines and spaces as they were read.
 std::string as_read(const Tokens& tokens);
 
-/// No space that C++ can do without, and other names where `names` has them. Lines still end with a statement: errors name
-/// them.
+/// No space that C++ can do without, and other names where `names` has them. A line still ends with a statement, and has at
+/// most one barrier or operation of a simdgroup: errors, and whatever watches a kernel run, name them by their line.
 std::string squeezed(const Tokens& tokens, const Names& names);
 
 }  // namespace flash_attn::metal

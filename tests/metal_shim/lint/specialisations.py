@@ -1,6 +1,7 @@
 """Every kind of text that MLX gets: calls that together use each feature, dtype and head dim, recorded and not run.
 
-`python tests/metal_shim/lint/specialisations.py FOLDER` writes each as a file that `xcrun metal -c` takes, and one to read.
+`python tests/metal_shim/lint/specialisations.py FOLDER` writes each as a file that `xcrun metal -c` takes, and one to read
+into FOLDER_readable.
 """
 
 from __future__ import annotations
@@ -106,14 +107,14 @@ def prelude() -> str:
 
 def main() -> None:
     mx.set_default_device(mx.cpu)
-    folder = Path(sys.argv[1])
+    write(Path(sys.argv[1]), recorded())
+    write(Path(f"{sys.argv[1]}_readable"), recorded(readable=True))
+
+
+def write(folder: Path, texts: dict[str, str]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    texts = recorded()
     for name, text in texts.items():
         (folder / f"{name}.metal").write_text(f"{prelude()}\n{text}\n")
-    (folder / "readable").mkdir(exist_ok=True)
-    for name, text in recorded(readable=True).items():
-        (folder / "readable" / f"{name}.metal").write_text(f"{prelude()}\n{text}\n")
     print(f"{len(texts)} texts in {os.path.relpath(folder)}")
 
 
