@@ -70,6 +70,7 @@ TEST(MetalText, AFileIsIncludedOnceAndForeignOnesNever) {
 TEST(MetalText, WhatIsNotUnderstoodIsRefused) {
   EXPECT_THROW(resolved_text("#if FA_A + 1\na\n#endif\n"), std::logic_error);
   EXPECT_THROW(resolved_text("#if (FA_A\na\n#endif\n"), std::logic_error);
+  EXPECT_THROW(resolved_text("a\n#endif\n"), std::logic_error);
   EXPECT_THROW(resolved_text("#define FA_TWICE(x) x x\n"), std::logic_error);
   EXPECT_EQ(resolved_text("#define FA_ONE (1)\n"), "#define FA_ONE (1)\n");
 }
@@ -80,6 +81,10 @@ TEST(MetalText, MacrosGiveWayToTheirValues) {
       "FA_UNROLL\nfor (FA_T x : FA_HALF) FA_D2;\n";
   EXPECT_EQ(squeezed(with_values(tokens_of(text)), {}),
             "#define FA_UNROLL _Pragma(\"clang loop unroll(full)\")\nFA_UNROLL for(half x:64/2)FA_D2;\n");
+}
+
+TEST(MetalText, AValueIsATokenOfItsOwn) {
+  EXPECT_EQ(squeezed(with_values(tokens_of("#define FA_LEFT -1\nx = a -FA_LEFT;\n")), {}), "x=a- -1;\n");
 }
 
 TEST(MetalText, OnlyWhatTheBodyReachesStays) {

@@ -122,6 +122,8 @@ class Resolver {
   bool follow(std::span<const Token> line) {
     const std::string_view directive = line[1].text;
     const std::span<const Token> rest = line.subspan(2);
+    const bool needs_if = directive == "elif" || directive == "else" || directive == "endif";
+    if (needs_if && branches_.empty()) fail("a branch without its #if");
     if (directive == "if" || directive == "ifdef" || directive == "ifndef") {
       const bool seen = is_seen() && holds(directive, rest);
       branches_.push_back({seen, seen || !is_seen()});

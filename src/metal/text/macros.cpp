@@ -36,9 +36,9 @@ class Values {
       result.push_back(token);
       return;
     }
-    for (const Token& part : found->second) {
+    for (const Token& part : found->second) {  // set apart from what is before it
       const bool is_first = &part == &found->second.front();
-      result.push_back({is_first ? token.space : part.space, part.text, is_first && token.starts_line});
+      result.push_back({is_first ? " " : part.space, part.text, is_first && token.starts_line});
     }
   }
 
