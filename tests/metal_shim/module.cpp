@@ -139,5 +139,6 @@ NB_MODULE(metal_shim, module) {
   module.def("transpile", &metal_shim::transpile, "text"_a, "function"_a, "The C++ that the compiler gets.");
   module.def("reports", &report_dicts, "The counters of every run since clear_reports().");
   module.def("clear_reports", &metal_shim::clear_reports);
-  module.def("recorded_texts", &metal_shim::recorded_texts, "The texts of the kernels run so far, by name.");
+  module.def("recorded_texts", &metal_shim::recorded_texts, "The texts of the kernels run since clear_texts(), by name.");
+  module.def("clear_texts", &metal_shim::clear_texts);
 }

@@ -173,4 +173,9 @@ std::map<std::string, std::string> recorded_texts() {
   return books().texts;
 }
 
+void clear_texts() {
+  const std::lock_guard<std::mutex> lock(books().mutex);
+  books().texts.clear();
+}
+
 }  // namespace metal_shim

@@ -21,7 +21,8 @@ std::vector<Report> reports();
 void clear_reports();
 void add_report(Report);
 
-/// The texts recorded so far, by the kernel's name.
+/// The texts recorded since the last clear_texts, by the kernel's name.
 std::map<std::string, std::string> recorded_texts();
+void clear_texts();
 
 }  // namespace metal_shim

@@ -40,12 +40,12 @@ ALL_FEATURES = frozenset(combinations.FEATURES) - {"boolean_mask"}  # a call has
 def recorded(readable: bool = False) -> dict[str, str]:
     """Texts by the names of their kernels. Those for people have #defines, and the names that the sources have."""
     with metal_graph("record", readable=readable) as module:
+        module.clear_texts()
         for arguments in dense_calls():
             support.run(arguments, support.cotangents_of(arguments, np.random.default_rng(1)))
         for arguments in cached_calls():
             mx.eval(flash_attn_with_kvcache(**kvcache_support.copied(arguments), return_softmax_lse=True))
-        texts = dict(module.recorded_texts())
-    return {name.removesuffix(READABLE): text for name, text in texts.items() if name.endswith(READABLE) == readable}
+        return {name.removesuffix(READABLE): text for name, text in module.recorded_texts().items()}
 
 
 def recorded_at_once() -> dict[str, str]:
@@ -60,12 +60,12 @@ def recorded_at_once() -> dict[str, str]:
     coded |= {"learnable_sink": mx.zeros(4), "alibi_slopes": mx.zeros(4), "cache_leftpad": mx.zeros(3, mx.int32)}
     coded = quantised(kvcache_support.page(random, coded, 16), "mlx4")
     with metal_graph("record") as module:
-        before = module.recorded_texts()
+        module.clear_texts()
         support.run(dense, support.cotangents_of(dense, np.random.default_rng(1)))
         mx.eval(support.attention(**pages))
         for arguments in (*cached, coded):
             mx.eval(flash_attn_with_kvcache(**kvcache_support.copied(arguments), return_softmax_lse=True))
-        return {name: text for name, text in module.recorded_texts().items() if name not in before}
+        return dict(module.recorded_texts())
 
 
 def dense_calls() -> Iterator[dict[str, Any]]:
