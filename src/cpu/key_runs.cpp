@@ -7,8 +7,9 @@
 namespace flash_attn::cpu {
 namespace {
 
-// Elements of K and V that a run has at least: enough that combining its result costs nothing beside it.
-constexpr std::int64_t elements_of_run = 512 * 1024;
+// Elements of K and V that a run has at least: they take twice as long as waking a thread for them, and twenty times as long as
+// starting a run and combining its result.
+constexpr std::int64_t elements_of_run = 1024 * 1024;
 constexpr std::int64_t shortest_run = 128;  // keys
 constexpr std::int32_t max_runs = 256;
 
