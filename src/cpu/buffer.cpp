@@ -6,6 +6,8 @@
 #include <new>
 #include <vector>
 
+#include "cpu/large_pages.h"
+
 namespace flash_attn::cpu {
 namespace {
 
@@ -78,6 +80,7 @@ Buffer allocate(std::int64_t floats) {
   if (const Block block = left_overs().take(bytes); block.memory) return Buffer(block.memory, {block.bytes});
   auto* memory = static_cast<float*>(std::aligned_alloc(line, bytes));
   if (!memory) throw std::bad_alloc();
+  prefer_large_pages(memory, bytes);
   return Buffer(memory, {bytes});
 }
 

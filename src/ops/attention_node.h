@@ -5,6 +5,7 @@
 #include <string>
 #include <vector>
 
+#include "cpu/large_pages.h"
 #include "flash_attn/attention.h"
 #include "mlx/allocator.h"
 #include "mlx/ops.h"
@@ -25,7 +26,10 @@ inline OptionalInputs with_contiguous_vectors(OptionalInputs optional, mx::Strea
   return optional;
 }
 
-inline void allocate(mx::array& output) { output.set_data(mx::allocator::malloc(output.nbytes())); }
+inline void allocate(mx::array& output) {
+  output.set_data(mx::allocator::malloc(output.nbytes()));
+  cpu::prefer_large_pages(output.data<char>(), output.nbytes());
+}
 
 inline void allocate(Arrays& outputs) {
   for (mx::array& output : outputs) allocate(output);

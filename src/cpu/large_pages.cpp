@@ -1,0 +1,29 @@
+#include "cpu/large_pages.h"
+
+#if defined(__linux__)
+#include <sys/mman.h>
+
+#include <cstdint>
+#endif
+
+namespace flash_attn::cpu {
+
+#if defined(__linux__)
+
+void prefer_large_pages(void* memory, std::size_t bytes) {
+  constexpr std::size_t page = 4096;
+  constexpr std::size_t least = std::size_t{4} << 20;
+  if (bytes < least) return;
+  const auto address = reinterpret_cast<std::uintptr_t>(memory);
+  const std::uintptr_t begin = (address + page - 1) / page * page;
+  const std::uintptr_t end = (address + bytes) / page * page;
+  madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+}
+
+#else
+
+void prefer_large_pages(void*, std::size_t) {}
+
+#endif
+
+}  // namespace flash_attn::cpu
