@@ -19,7 +19,7 @@ MOST_ROUNDS = 8
 
 # Lets the OpenMP threads of a peer fall asleep: for some milliseconds after its call they spin on the cores that we would use.
 SETTLE_SECONDS = 0.005
-SHORT_SECONDS = 0.005
+SHORT_SECONDS = 0.1
 
 
 @dataclass
@@ -38,11 +38,10 @@ def seconds_of(call: Call, settle: float = SETTLE_SECONDS) -> float:
 
 
 def best_seconds_of(call: Call) -> float:
-    """A call of a few milliseconds is repeated at once: the first also pays for waking the CPUs that just slept."""
+    """A short call is repeated at once: the first also pays for waking the CPUs that just slept, and for another's caches."""
     seconds = seconds_of(call)
-    if seconds < SHORT_SECONDS:
-        seconds = min(seconds, *(seconds_of(call, settle=0.0) for _ in range(2)))
-    return seconds
+    again = 2 if seconds < SHORT_SECONDS else 0
+    return min([seconds, *(seconds_of(call, settle=0.0) for _ in range(again))])
 
 
 def first_run(call: Call) -> Timing:
