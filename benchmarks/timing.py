@@ -17,8 +17,8 @@ SLOW_SECONDS = 1.0
 LEAST_SECONDS = 0.5
 MOST_ROUNDS = 8
 
-# Lets the OpenMP threads of a peer fall asleep: for some milliseconds after its call they spin on the cores that we would use.
-SETTLE_SECONDS = 0.005
+# Lets the OpenMP threads of a peer fall asleep: for more than 5 ms after its call they spin on the cores that we would use.
+SETTLE_SECONDS = 0.02
 SHORT_SECONDS = 0.1
 
 
