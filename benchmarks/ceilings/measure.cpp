@@ -1,12 +1,8 @@
 #include "ceilings/measure.h"
 
 #include <unistd.h>
-#if defined(__x86_64__)
-#include <cpuid.h>
-#endif
 #if defined(__linux__)
 #include <sched.h>
-#include <sys/syscall.h>
 #endif
 
 #include <algorithm>
@@ -15,6 +11,8 @@
 #include <cstdlib>
 #include <memory>
 #include <thread>
+
+#include "cpu/matrix_unit.h"
 
 namespace flash_attn::ceilings {
 namespace {
@@ -92,26 +90,6 @@ std::int64_t second_level_cache_bytes() {
 #endif
 }
 
-#if defined(__x86_64__)
-/// The chip has it, and the kernel lets this process use it.
-bool has_matrix_unit() {
-#if defined(__linux__)
-  unsigned eax = 0;
-  unsigned ebx = 0;
-  unsigned ecx = 0;
-  unsigned edx = 0;
-  if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx)) return false;
-  constexpr unsigned amx_bf16 = 1u << 22;
-  constexpr unsigned amx_tile = 1u << 24;
-  constexpr long request_permission = 0x1023;  // ARCH_REQ_XCOMP_PERM
-  constexpr long tile_data = 18;
-  return (edx & amx_bf16) && (edx & amx_tile) && syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
-#else
-  return false;
-#endif
-}
-#endif
-
 /// A server's L3 can be hundreds of MiB, and keeps a part of anything not several times as large.
 std::int64_t bytes_beyond_any_cache() {
   constexpr std::int64_t gibibyte = std::int64_t{1} << 30;
@@ -148,7 +126,7 @@ std::vector<const Level*> runnable_levels() {
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) levels.push_back(&avx2);
   if (__builtin_cpu_supports("avx512f")) levels.push_back(&avx512);
   if (__builtin_cpu_supports("avx512bf16")) levels.push_back(&avx512_bf16);
-  if (has_matrix_unit()) levels.push_back(&avx512_amx);
+  if (cpu::has_matrix_unit()) levels.push_back(&avx512_amx);
   return levels;
 #elif defined(__aarch64__)
   return {&neon};

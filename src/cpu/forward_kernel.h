@@ -17,7 +17,8 @@ namespace {
 
 constexpr int task_panels = 4;  // panels of rows that share a key block while it is in cache
 
-// Key blocks are a multiple of this; a score tile may compute this many keys past the end, whose scores are ignored.
+// The most keys of a score tile. Key blocks are a multiple of this, and so many keys past the end may be computed, whose scores
+// are ignored.
 constexpr int forward_key_tile = FA_BFLOAT16_TILES ? 2 * matrix_tile : score_keys<1>;
 
 // ---- packing: K [key block + overhang][dim words], V [dim panels][key words][dim_panel]; sizes are those of float32
