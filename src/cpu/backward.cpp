@@ -17,15 +17,6 @@
 namespace flash_attn::cpu {
 namespace {
 
-// Keys a block: K and V, their panels and gradients fill most of a 512 KiB L2. A function of the shape alone: it fixes the
-// order of every sum.
-std::int32_t backward_key_block(const AttentionProblem& problem) {
-  constexpr std::int32_t cache_floats = 96 * 1024;
-  constexpr std::int32_t granule = 24;
-  const std::int32_t fits = cache_floats / (3 * problem.head_dim + 2 * problem.head_dim_v);
-  return std::clamp(fits / granule * granule, granule, 192);
-}
-
 std::int32_t blocks_of(std::int32_t size, std::int32_t block) { return (size + block - 1) / block; }
 
 // A unit's prepared rows and its dQ.
@@ -37,17 +28,17 @@ struct UnitMemory {
 class UnitBackward {
  public:
   UnitBackward(const Kernels& level, const BackwardPass& pass, const Unit& unit)
-      : level_(level), pass_(pass), unit_(unit), row_blocks_(blocks_of(unit.packed_rows(), level.row_block)) {
-    memory_.rows = allocate(row_blocks_ * pass.row_block_size);
-    if (pass.gradients->dq.data) memory_.dq = allocate(row_blocks_ * pass.dq_block_size);
+      : level_(level), pass_(pass), unit_(unit), row_blocks_(blocks_of(unit.packed_rows(), pass.blocks.rows)) {
+    memory_.rows = allocate(row_blocks_ * pass.blocks.row_block_size);
+    if (pass.gradients->dq.data) memory_.dq = allocate(row_blocks_ * pass.blocks.dq_block_size);
   }
 
   std::int32_t row_blocks() const { return row_blocks_; }
-  std::int32_t key_blocks() const { return blocks_of(unit_.sequence.k.length, pass_.key_block); }
+  std::int32_t key_blocks() const { return blocks_of(unit_.sequence.k.length, pass_.blocks.keys); }
 
   void prepare(std::int64_t row_block) const {
     level_.prepare_rows(pass_, unit_, first_row(row_block), rows(row_block));
-    if (memory_.dq) std::memset(dq(row_block), 0, static_cast<std::size_t>(pass_.dq_block_size) * sizeof(float));
+    if (memory_.dq) std::memset(dq(row_block), 0, static_cast<std::size_t>(pass_.blocks.dq_block_size) * sizeof(float));
   }
 
   // After prepare of every block: dsink [heads_q] in row order.
@@ -69,17 +60,17 @@ class UnitBackward {
   std::vector<std::int32_t> first_turns() const {
     std::vector<std::int32_t> turns(static_cast<std::size_t>(row_blocks_));
     for (std::int32_t block = 0; block < row_blocks_; ++block) {
-      const std::int32_t end = std::min(first_row(block) + level_.row_block, unit_.packed_rows());
+      const std::int32_t end = std::min(first_row(block) + pass_.blocks.rows, unit_.packed_rows());
       turns[static_cast<std::size_t>(block)] =
-          visible_keys_of_packed_rows(unit_, first_row(block), end).begin / pass_.key_block;
+          visible_keys_of_packed_rows(unit_, first_row(block), end).begin / pass_.blocks.keys;
     }
     return turns;
   }
 
  private:
-  std::int32_t first_row(std::int64_t block) const { return static_cast<std::int32_t>(block) * level_.row_block; }
-  float* rows(std::int64_t block) const { return memory_.rows.get() + block * pass_.row_block_size; }
-  float* dq(std::int64_t block) const { return memory_.dq.get() + block * pass_.dq_block_size; }
+  std::int32_t first_row(std::int64_t block) const { return static_cast<std::int32_t>(block) * pass_.blocks.rows; }
+  float* rows(std::int64_t block) const { return memory_.rows.get() + block * pass_.blocks.row_block_size; }
+  float* dq(std::int64_t block) const { return memory_.dq.get() + block * pass_.blocks.dq_block_size; }
 
   const Kernels& level_;
   const BackwardPass& pass_;
@@ -109,7 +100,7 @@ bool units_fill_threads(const std::vector<std::int64_t>& descending_costs, int t
 // One thread a unit: no waiting.
 void backward_by_units(const Kernels& level, const BackwardPass& pass, int threads, const std::vector<const Unit*>& units,
                        std::vector<std::vector<double>>& dsink) {
-  const std::int64_t scratch_size = (level.backward_scratch_size(pass) + 15) / 16 * 16;
+  const std::int64_t scratch_size = (pass.blocks.scratch_size + 15) / 16 * 16;
   const Buffer scratch = allocate(scratch_size * threads);
   parallel_for(static_cast<std::int64_t>(units.size()), threads, [&](std::int64_t i, int slot) {
     const Unit& unit = *units[static_cast<std::size_t>(i)];
@@ -126,7 +117,7 @@ void backward_by_units(const Kernels& level, const BackwardPass& pass, int threa
 // block that has not started.
 void backward_by_key_blocks(const Kernels& level, const BackwardPass& pass, int threads, const std::vector<const Unit*>& units,
                             std::vector<std::vector<double>>& dsink) {
-  const std::int64_t scratch_size = (level.backward_scratch_size(pass) + 15) / 16 * 16;
+  const std::int64_t scratch_size = (pass.blocks.scratch_size + 15) / 16 * 16;
   const Buffer scratch = allocate(scratch_size * threads);
   for (const Unit* unit : units) {
     const UnitBackward work(level, pass, *unit);
@@ -158,19 +149,14 @@ void backward(const AttentionProblem& problem, const AttentionInputs& inputs, co
   const int threads = thread_count();
   const std::vector<Sequence> sequences = sequences_of(problem, inputs);
   const std::vector<Unit> units = units_of(problem, sequences);
-  const BackwardPass pass = {&problem,
-                             &inputs,
-                             &saved,
-                             &gradients,
-                             backward_key_block(problem),
-                             level.row_block_size(problem),
-                             level.dq_block_size(problem)};
+  BackwardPass pass = {&problem, &inputs, &saved, &gradients, {}};
+  pass.blocks = level.backward_blocks(pass);
   clear_unused_rows(problem, sequences, gradients);
   if (gradients.dmask) mask_gradient(level, pass, threads, sequences);
   if (!gradients.dq.data && !gradients.dk.data && !gradients.dv.data && !gradients.dsink) return;
 
   std::vector<std::pair<std::int64_t, const Unit*>> by_cost;
-  for (const Unit& unit : units) by_cost.emplace_back(cost_of(unit, level.row_block), &unit);
+  for (const Unit& unit : units) by_cost.emplace_back(cost_of(unit, pass.blocks.rows), &unit);
   std::stable_sort(by_cost.begin(), by_cost.end(), [](const auto& a, const auto& b) { return a.first > b.first; });
   std::vector<std::int64_t> costs;
   std::vector<const Unit*> ordered;

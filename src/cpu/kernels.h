@@ -52,14 +52,20 @@ struct DecodeTask {
 };
 
 // Backward. The rows of a unit are prepared once, one block after the other; dQ gathers in float32 blocks of the same rows.
+struct BackwardBlocks {
+  std::int32_t keys;            // of a key block
+  std::int32_t rows;            // packed rows of a row block
+  std::int64_t row_block_size;  // floats that a prepared row block takes
+  std::int64_t dq_block_size;   // floats that a row block of dQ takes
+  std::int64_t scratch_size;    // floats that a thread needs
+};
+
 struct BackwardPass {
   const AttentionProblem* problem;
   const AttentionInputs* inputs;
   const BackwardInputs* saved;
   const Gradients* gradients;
-  std::int32_t key_block;       // keys a block
-  std::int64_t row_block_size;  // floats that a prepared row block takes
-  std::int64_t dq_block_size;   // floats that a row block of dQ takes
+  BackwardBlocks blocks;
 };
 
 struct BackwardTask {
@@ -124,7 +130,6 @@ struct Kernels {
   // Tile shape, for whoever sizes buffers.
   std::int32_t panel_rows;        // query rows in the lanes of a score panel
   std::int32_t forward_key_tile;  // a key block of forward is a multiple
-  std::int32_t row_block;         // packed rows in a row block of backward
 
   std::int64_t (*packed_block_size)(const AttentionProblem& problem, std::int32_t key_block);
   void (*pack_keys_values)(const ForwardPass& pass, const Unit& unit, std::int32_t block, float* packed);
@@ -139,16 +144,13 @@ struct Kernels {
   void (*append_rows)(const AppendPass& pass, const AppendTask& task);
   void (*rotate_rows)(const RotatePass& pass, const RotateTask& task);
 
-  std::int64_t (*row_block_size)(const AttentionProblem& problem);
-  std::int64_t (*dq_block_size)(const AttentionProblem& problem);
-  std::int64_t (*backward_scratch_size)(const BackwardPass& pass);
+  BackwardBlocks (*backward_blocks)(const BackwardPass& pass);  // of a pass that has all but its blocks
   void (*prepare_rows)(const BackwardPass& pass, const Unit& unit, std::int32_t row_begin, float* rows);
   void (*add_sink_gradient)(const BackwardPass& pass, const Unit& unit, std::int32_t row_begin, const float* rows,
                             double* dsink);
   void (*backward_keys)(const BackwardPass& pass, const BackwardTask& task, float* scratch);
   void (*write_query_gradients)(const BackwardPass& pass, const Unit& unit, std::int32_t row_begin, const float* dq);
 
-  std::int64_t (*mask_gradient_scratch_size)(const BackwardPass& pass);
   void (*add_mask_gradient)(const BackwardPass& pass, const MaskGradientTask& task, float* scratch);
 };
 

@@ -6,65 +6,54 @@
 namespace flash_attn::cpu::FA_LEVEL {
 namespace {
 
-// Keys of the block, counted from its first, that cover what is seen of it in whole tiles; empty when nothing is.
-inline KeyRange tiles_seen(KeyRange seen, KeyBlock keys) {
-  if (seen.begin >= seen.end) return {0, 0};
-  return {max_of(seen.begin - keys.begin, 0) / tile_keys * tile_keys,
-          min_of(round_up(seen.end - keys.begin, tile_keys), keys.size)};
+// Keys a block: K and V, their panels and gradients fill most of the L2. A function of the shape alone: it fixes the order of
+// every sum.
+template <class Operand>
+inline std::int32_t key_block_size(const AttentionProblem& problem) {
+  if (Operand::word_granule > 1) return 256;
+  constexpr std::int32_t cache_floats = 96 * 1024;  // of 512 KiB
+  constexpr std::int32_t granule = 24;
+  const std::int32_t fits = cache_floats / (3 * problem.head_dim + 2 * problem.head_dim_v);
+  return clamp_to(fits / granule * granule, granule, 192);
 }
 
+// Keys of the block, counted from its first, that cover what is seen of it in whole tiles; empty when nothing is.
+template <class Operand>
+inline KeyRange tiles_seen(KeyRange seen, KeyBlock keys) {
+  constexpr int tile = Operand::word_granule > 1 ? depth_granule<Operand> : tile_keys;
+  if (seen.begin >= seen.end) return {0, 0};
+  return {max_of(seen.begin - keys.begin, 0) / tile * tile, min_of(round_up(seen.end - keys.begin, tile), keys.size)};
+}
+
+template <class Operand>
 struct KeyBlockBuffers {
-  float* k_rows;    // [key_block][head_dim]
-  float* v_rows;    // [key_block][head_dim_v]
-  float* k_panels;  // [dim panels][key_block][dim_panel], non-finite values as 0
-  float* dk;        // [dim panels][key_block][dim_panel]
+  float* k_rows;  // [key_block][dim words]
+  float* v_rows;  // [key_block][dim_v words]
+  float* dk;      // [dim panels][key_block][dim_panel]
   float* dv;
-  float* scores;      // [key_block][row_block]  S, P
-  float* gradients;   // [key_block][row_block]  dP, dS
-  float* derivative;  // [key_block][row_block]  softcap's; then dS in words of keys
-  float* mask_rows;   // [lanes][key_block]; a vector read past its end lands in k_rows
+  float* mask_rows;  // [lanes][key_block]; a vector read past its end lands in k_rows
 
   static std::int64_t size(const AttentionProblem& problem, std::int32_t key_block) {
-    const std::int64_t k_padded = round_up(problem.head_dim, dim_panel);
-    const std::int64_t v_padded = round_up(problem.head_dim_v, dim_panel);
-    return key_block * (problem.head_dim + problem.head_dim_v + 2 * k_padded + v_padded + 3 * row_block + lanes);
+    const std::int64_t panels = panels_of(problem.head_dim) + panels_of(problem.head_dim_v);
+    return key_block * (words<Operand>(problem.head_dim) + words<Operand>(problem.head_dim_v) + panels * dim_panel + lanes);
   }
 
   KeyBlockBuffers(const AttentionProblem& problem, std::int32_t key_block, float* memory) {
     const auto take = [&](std::int64_t per_key) { return (memory += key_block * per_key) - key_block * per_key; };
-    scores = take(row_block);
-    gradients = take(row_block);
-    derivative = take(row_block);
-    k_panels = take(round_up(problem.head_dim, dim_panel));
     dk = take(round_up(problem.head_dim, dim_panel));
     dv = take(round_up(problem.head_dim_v, dim_panel));
     mask_rows = take(lanes);
-    k_rows = take(problem.head_dim);
-    v_rows = take(problem.head_dim_v);
+    k_rows = take(words<Operand>(problem.head_dim));
+    v_rows = take(words<Operand>(problem.head_dim_v));
   }
 };
 
-inline std::int64_t backward_scratch_size(const BackwardPass& pass) {
-  return KeyBlockBuffers::size(*pass.problem, pass.key_block);
-}
-
 template <class Operand>
 inline void pack_key_rows(const AttentionProblem& problem, const KeyReader& reader, KeyBlock keys,
-                          const KeyBlockBuffers& buffers) {
+                          const KeyBlockBuffers<Operand>& buffers) {
   pack_rows<Operand>(keys, problem.head_dim, buffers.k_rows, [&](int key, float* row) { return reader.view_key(key, row); });
   pack_rows<Operand>(keys, problem.head_dim_v, buffers.v_rows,
                      [&](int key, float* row) { return reader.view_value(key, row); });
-}
-
-template <class Operand>
-inline void pack_key_block(const BackwardPass& pass, const Unit& unit, KeyBlock keys, const KeyBlockBuffers& buffers) {
-  const AttentionProblem& problem = *pass.problem;
-  const KeyReader reader(problem, *pass.inputs, unit);
-  pack_key_rows<Operand>(problem, reader, keys, buffers);
-  // For dQ only: a row that sees a NaN in K has NaN in dS; a row that does not must not meet it as 0 * NaN.
-  pack_panels<Operand>(
-      keys, problem.head_dim, buffers.k_panels, [&](int key, float* row) { return reader.view_key(key, row); },
-      [](Vec k) { return select(is_finite(k), k, Vec{}); });
 }
 
 inline void write_key_gradients(const Tensor& tensor, const Unit& unit, KeyBlock keys, int dim, float scale,

@@ -37,8 +37,8 @@ void mask_gradient(const Kernels& level, const BackwardPass& pass, int threads, 
   if (size == 0) return;
   std::memset(gradients.dmask, 0, static_cast<std::size_t>(size) * sizeof(float));
 
-  const std::int32_t row_blocks = blocks_of(problem.max_seqlen_q, level.row_block);
-  const std::int32_t key_blocks = blocks_of(problem.max_seqlen_k, pass.key_block);
+  const std::int32_t row_blocks = blocks_of(problem.max_seqlen_q, pass.blocks.rows);
+  const std::int32_t key_blocks = blocks_of(problem.max_seqlen_k, pass.blocks.keys);
   std::vector<Part> parts;
   for (std::int32_t batch = 0; batch < gradients.dmask_batch; ++batch) {
     for (std::int32_t head = 0; head < gradients.dmask_heads; ++head) {
@@ -50,7 +50,7 @@ void mask_gradient(const Kernels& level, const BackwardPass& pass, int threads, 
     }
   }
 
-  const std::int64_t scratch_size = (level.mask_gradient_scratch_size(pass) + 15) / 16 * 16;
+  const std::int64_t scratch_size = (pass.blocks.row_block_size + pass.blocks.scratch_size + 15) / 16 * 16;
   const Buffer scratch = allocate(scratch_size * threads);
   parallel_for(static_cast<std::int64_t>(parts.size()), threads, [&](std::int64_t i, int slot) {
     const Part& part = parts[static_cast<std::size_t>(i)];
@@ -65,10 +65,10 @@ void mask_gradient(const Kernels& level, const BackwardPass& pass, int threads, 
       for (std::int32_t head = heads.begin; head < heads.end; ++head) {
         // A unit of one head: the mask's heads are query heads.
         const Unit unit = {batch, head / problem.group(), 1, head, 1, sequence, rule};
-        for (std::int32_t row = rows.begin; row < rows.end && row * level.row_block < sequence.q.length; ++row) {
-          for (std::int32_t key = keys.begin; key < keys.end && key * pass.key_block < sequence.k.length; ++key) {
+        for (std::int32_t row = rows.begin; row < rows.end && row * pass.blocks.rows < sequence.q.length; ++row) {
+          for (std::int32_t key = keys.begin; key < keys.end && key * pass.blocks.keys < sequence.k.length; ++key) {
             level.add_mask_gradient(pass,
-                                    {&unit, row * level.row_block, key, dmask,
+                                    {&unit, row * pass.blocks.rows, key, dmask,
                                      gradients.dmask_rows == 1 ? 0 : gradients.dmask_keys, gradients.dmask_keys == 1 ? 0 : 1},
                                     scratch.get() + slot * scratch_size);
           }

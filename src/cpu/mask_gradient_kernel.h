@@ -7,38 +7,39 @@
 namespace flash_attn::cpu::FA_LEVEL {
 namespace {
 
-inline std::int64_t mask_gradient_scratch_size(const BackwardPass& pass) {
-  return KeyBlockBuffers::size(*pass.problem, pass.key_block) + pass.row_block_size;
-}
-
-// Adds dS of one row block against one key block to task.dmask.
+// Adds dS of one row block against one key block to task.dmask. Scratch: a prepared row block, then as for backward_keys.
 template <class Operand>
 inline void add_mask_gradient(const BackwardPass& pass, const MaskGradientTask& task, float* scratch) {
+  using Products = BackwardProducts<Operand>;
   const AttentionProblem& problem = *pass.problem;
   const Unit& unit = *task.unit;
-  const KeyBlock keys = {task.block * pass.key_block, pass.key_block};
-  const int row_end = min_of(task.row_begin + row_block, unit.packed_rows());
-  const auto [begin, end] = tiles_seen(visible_keys_of_packed_rows(unit, task.row_begin, row_end), keys);
-  if (begin >= end) return;
+  const KeyBlock keys = {task.block * pass.blocks.keys, pass.blocks.keys};
+  const int row_end = min_of(task.row_begin + row_block<Operand>, unit.packed_rows());
+  const KeyRange seen = tiles_seen<Operand>(visible_keys_of_packed_rows(unit, task.row_begin, row_end), keys);
+  if (seen.begin >= seen.end) return;
 
-  const KeyBlockBuffers buffers(problem, pass.key_block, scratch + pass.row_block_size);
-  const RowBlock rows(problem, scratch);
+  float* const own = scratch + pass.blocks.row_block_size;
+  const KeyBlockBuffers<Operand> buffers(problem, keys.size, own);
+  const Products products(problem, keys.size, own + KeyBlockBuffers<Operand>::size(problem, keys.size));
   const ScoreSteps steps(problem, *pass.inputs);
+  [[maybe_unused]] const typename Products::Unit unit_in_use;
   prepare_rows<Operand>(pass, unit, task.row_begin, scratch);
   pack_key_rows<Operand>(problem, KeyReader(problem, *pass.inputs, unit), keys, buffers);
-  const int last = min_of(end, unit.sequence.k.length - keys.begin);
-  Staircase staircase;
-  for (int row = task.row_begin; row < row_end; row += panel_rows) {
-    const RowPanel panel(problem, *pass.inputs, unit, row, row_end);
-    const int column = row - task.row_begin;
-    staircase.add(panel, keys.begin + begin, end - begin);
-    panel_gradients<Operand>(pass, steps, buffers, keys, begin, end - begin, staircase, panel, rows, column);
-    for (int lane = 0; lane < panel.rows; ++lane) {
-      float* destination = task.dmask + panel.query[lane] * task.row_stride;
-      for (int key = begin; key < last; ++key) {
-        destination[(keys.begin + key) * task.key_stride] += buffers.gradients[std::int64_t{key} * row_block + column + lane];
-      }
-    }
+  const int last = unit.sequence.k.length - keys.begin;
+  BlockPair<Operand> pair = {{problem, scratch}, row_end - task.row_begin, keys, seen, {}};
+  for (int column = 0; column < pair.row_count; column += panel_rows) {
+    const RowPanel panel(problem, *pass.inputs, unit, task.row_begin + column, row_end);
+    pair.staircase.add(panel, keys.begin + seen.begin, pair.keys_seen());
+    panel_gradients<Operand>(
+        {pass, steps, buffers, products}, pair, panel, column, [&](int, const GradientTile& tile, int first) {
+          const int count = min_of(tile.scores.keys, last - first);
+          for (int lane = 0; lane < panel.rows; ++lane) {
+            float* destination = task.dmask + panel.query[lane] * task.row_stride;
+            for (int key = 0; key < count; ++key) {
+              destination[(keys.begin + first + key) * task.key_stride] += tile.gradients[key * tile.scores.stride + lane];
+            }
+          }
+        });
   }
 }
 

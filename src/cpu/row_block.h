@@ -6,10 +6,11 @@
 namespace flash_attn::cpu::FA_LEVEL {
 namespace {
 
-constexpr int row_block_panels = 2;
-constexpr int row_block = row_block_panels * panel_rows;
+// Rows of a block: what a product over rows adds up before it touches dK and dV again.
+template <class Operand>
+constexpr int row_block = (Operand::word_granule == 1 ? 2 : 4) * panel_rows;
 
-// Sizes are those of float32 words.
+template <class Operand>
 struct RowBlock {
   float* q_transposed;     // [panel][dim words][width]
   float* dout_transposed;  // [panel][dim_v words][width]
@@ -19,23 +20,26 @@ struct RowBlock {
   float* delta;     // [row_block]  D
 
   static std::int64_t size(const AttentionProblem& problem) {
-    const std::int64_t dims = problem.head_dim + problem.head_dim_v;
-    const std::int64_t padded = round_up(problem.head_dim, dim_panel) + round_up(problem.head_dim_v, dim_panel);
-    return row_block * (dims + padded + 2);
+    return transposed_size(problem.head_dim) + transposed_size(problem.head_dim_v) + panels_size(problem.head_dim) +
+           panels_size(problem.head_dim_v) + 2 * row_block<Operand>;
   }
 
   RowBlock(const AttentionProblem& problem, float* memory) {
     const auto take = [&memory](std::int64_t size) { return (memory += size) - size; };
-    q_panels = take(std::int64_t{row_block} * round_up(problem.head_dim, dim_panel));
-    dout_panels = take(std::int64_t{row_block} * round_up(problem.head_dim_v, dim_panel));
-    lse_log2 = take(row_block);
-    delta = take(row_block);
-    q_transposed = take(std::int64_t{row_block} * problem.head_dim);
-    dout_transposed = take(std::int64_t{row_block} * problem.head_dim_v);
+    q_panels = take(panels_size(problem.head_dim));
+    dout_panels = take(panels_size(problem.head_dim_v));
+    lse_log2 = take(row_block<Operand>);
+    delta = take(row_block<Operand>);
+    q_transposed = take(transposed_size(problem.head_dim));
+    dout_transposed = take(transposed_size(problem.head_dim_v));
+  }
+
+ private:
+  static std::int64_t transposed_size(int dim) { return std::int64_t{row_block<Operand>} * words<Operand>(dim); }
+  static std::int64_t panels_size(int dim) {
+    return std::int64_t{words<Operand>(row_block<Operand>)} * panels_of(dim) * dim_panel;
   }
 };
-
-inline std::int64_t row_block_size(const AttentionProblem& problem) { return RowBlock::size(problem); }
 
 // By its range, or by what attn_mask left of it.
 inline bool sees_keys(const BackwardInputs& saved, const Unit& unit, const RowPanel& panel, int lane) {
@@ -92,15 +96,19 @@ inline void prepare_rows(const BackwardPass& pass, const Unit& unit, std::int32_
   const AttentionProblem& problem = *pass.problem;
   const BackwardInputs& saved = *pass.saved;
   const ConstTensor& q = pass.inputs->q;
-  const RowBlock block(problem, memory);
-  const std::int64_t panel_stride = words<Operand>(row_block) * dim_panel;
-  const int row_end = min_of(row_begin + row_block, unit.packed_rows());
+  const RowBlock<Operand> block(problem, memory);
+  const std::int64_t panel_stride = words<Operand>(row_block<Operand>) * dim_panel;
+  const int row_end = min_of(row_begin + row_block<Operand>, unit.packed_rows());
   for (int row = row_begin; row < row_end; row += panel_rows) {
     const RowPanel panel(problem, *pass.inputs, unit, row, row_end);
     const std::int64_t first = row - row_begin;
-    pack_transposed<Operand>(panel, unit, q, problem.head_dim, block.q_transposed + first * problem.head_dim);
-    pack_transposed<Operand>(panel, unit, saved.dout, problem.head_dim_v, block.dout_transposed + first * problem.head_dim_v);
-    for (int lane = 0; lane < panel.rows; lane += Operand::per_word) {
+    pack_transposed<Operand>(panel, unit, q, problem.head_dim, block.q_transposed + first * words<Operand>(problem.head_dim));
+    pack_transposed<Operand>(panel, unit, saved.dout, problem.head_dim_v,
+                             block.dout_transposed + first * words<Operand>(problem.head_dim_v));
+    // Zeros after the last row, as far as a product reads.
+    const bool is_last = row + panel_rows >= row_end;
+    const int lane_end = is_last ? round_up(row_end - row_begin, depth_granule<Operand>) - static_cast<int>(first) : panel.rows;
+    for (int lane = 0; lane < lane_end; lane += Operand::per_word) {
       const std::int64_t word = (first + lane) / Operand::per_word * dim_panel;
       const WordOfRows<Operand> q_rows(saved, panel, unit, q, lane, problem.head_dim);
       const WordOfRows<Operand> dout_rows(saved, panel, unit, saved.dout, lane, problem.head_dim_v);
@@ -117,10 +125,11 @@ inline void prepare_rows(const BackwardPass& pass, const Unit& unit, std::int32_
 }
 
 // A sink is a key whose value is 0: d sink = -P_sink D. Adds each row of the block to its head, in order.
+template <class Operand>
 inline void add_sink_gradient(const BackwardPass& pass, const Unit& unit, std::int32_t row_begin, const float* memory,
                               double* dsink) {
-  const RowBlock block(*pass.problem, const_cast<float*>(memory));
-  const int rows = min_of(row_block, unit.packed_rows() - row_begin);
+  const RowBlock<Operand> block(*pass.problem, const_cast<float*>(memory));
+  const int rows = min_of(row_block<Operand>, unit.packed_rows() - row_begin);
   for (int row = 0; row < rows; ++row) {
     const int head = unit.first_head + (row_begin + row) % unit.group;
     const float p = __builtin_exp2f(pass.inputs->learnable_sink[head] * log2_e - block.lse_log2[row]);

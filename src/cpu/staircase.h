@@ -12,9 +12,9 @@ struct RowSpan {
   int end;
 };
 
-// Of a tile of keys and the rows of one or two panels.
+// Of a tile of keys and the rows of up to four panels.
 struct Staircase {
-  static constexpr int max_vectors = 2 * panel_vectors;
+  static constexpr int max_vectors = 4 * panel_vectors;
 
   int vectors = 0;
   KeyRange seen[max_vectors];  // keys that some row of each vector sees, counted from the tile's first; begin >= end: none
