@@ -9,7 +9,6 @@
 
 #include "cpu/buffer.h"
 #include "cpu/key_runs.h"
-#include "cpu/parallel.h"
 #include "cpu/sequences.h"
 
 namespace flash_attn::cpu {
@@ -65,8 +64,7 @@ void decode_sequences(const Kernels& level, const DecodePass& pass, int threads,
   const KeyRuns runs(level, problem, units, /*granule=*/1);
   const std::int64_t scratch_size = (level.decode_scratch_size(pass, most_rows) + 15) / 16 * 16;
   const Buffer scratch = allocate(scratch_size * threads);
-  parallel_for(static_cast<std::int64_t>(runs.runs().size()), threads, [&](std::int64_t i, int slot) {
-    const KeyRun& run = runs.runs()[static_cast<std::size_t>(i)];
+  runs.for_each(threads, [&](const KeyRun& run, int slot) {
     level.decode(pass, {run.unit, run.keys, run.is_first, run.partial}, scratch.get() + slot * scratch_size);
   });
   runs.combine(pass, threads);

@@ -44,8 +44,7 @@ void forward_short_units(const Kernels& level, const ForwardPass& pass, int thre
   const KeyRuns runs(level, *pass.problem, units, pass.key_block);
   const std::int64_t scratch_size = (level.forward_scratch_size(pass) + 15) / 16 * 16;
   const Buffer scratch = allocate(scratch_size * threads);
-  parallel_for(static_cast<std::int64_t>(runs.runs().size()), threads, [&](std::int64_t i, int slot) {
-    const KeyRun& run = runs.runs()[static_cast<std::size_t>(i)];
+  runs.for_each(threads, [&](const KeyRun& run, int slot) {
     level.forward_rows(pass, {run.unit, nullptr, 0, run.unit->packed_rows(), run.keys, run.is_first, run.partial},
                        scratch.get() + slot * scratch_size);
   });

@@ -6,6 +6,7 @@
 
 #include "cpu/buffer.h"
 #include "cpu/kernels.h"
+#include "cpu/parallel.h"
 
 namespace flash_attn::cpu {
 
@@ -22,7 +23,12 @@ class KeyRuns {
   /// Divides the keys that each unit sees at multiples of `granule`. The units outlive this.
   KeyRuns(const Kernels& level, const AttentionProblem& problem, const std::vector<Unit>& units, std::int32_t granule);
 
-  const std::vector<KeyRun>& runs() const { return runs_; }
+  /// body(run, slot) for every run.
+  template <class Body>
+  void for_each(int threads, Body body) const {
+    parallel_for(static_cast<std::int64_t>(runs_.size()), threads, work_,
+                 [&](std::int64_t i, int slot) { body(runs_[static_cast<std::size_t>(i)], slot); });
+  }
 
   /// After every run: the results of the units that have several.
   void combine(const DecodePass& pass, int threads) const;
@@ -31,6 +37,8 @@ class KeyRuns {
   const Kernels& level_;
   std::vector<KeyRun> runs_;
   std::vector<std::size_t> first_runs_;  // of each unit, and the end
+  Nanoseconds work_ = 0;
+  Nanoseconds combine_work_ = 0;
   Buffer memory_;
 };
 

@@ -6,7 +6,9 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <cstdlib>
+#include <ctime>
 #include <mutex>
 #include <stdexcept>
 #include <thread>
@@ -33,6 +35,14 @@ class ParallelFor : public testing::TestWithParam<int> {};
 TEST_P(ParallelFor, RunsEveryTaskOnce) {
   for (std::int64_t count : {0, 1, 2, 3, 7, 100, 10000}) {
     EXPECT_EQ(run_counts(count, GetParam()), std::vector<int>(static_cast<std::size_t>(count), 1)) << count;
+  }
+}
+
+TEST_P(ParallelFor, RunsEveryTaskOfAShortRegionOnce) {
+  for (std::int64_t count : {1, 2, 7, 100}) {
+    std::vector<std::atomic<int>> runs(static_cast<std::size_t>(count));
+    parallel_for(count, GetParam(), Nanoseconds{0}, [&](std::int64_t task, int) { ++runs[static_cast<std::size_t>(task)]; });
+    EXPECT_TRUE(std::all_of(runs.begin(), runs.end(), [](const std::atomic<int>& number) { return number == 1; })) << count;
   }
 }
 
@@ -119,6 +129,18 @@ TEST(Parallel, UsesMoreThanOneThread) {
     while (arrived < 2) std::this_thread::yield();
   });
   EXPECT_EQ(arrived, 2);
+}
+
+TEST(Parallel, IdleWorkersSleep) {
+  const auto cpu_time = [] {
+    timespec time;
+    clock_gettime(CLOCK_PROCESS_CPUTIME_ID, &time);
+    return std::chrono::seconds(time.tv_sec) + std::chrono::nanoseconds(time.tv_nsec);
+  };
+  run_counts(100, 2);
+  const auto before = cpu_time();
+  std::this_thread::sleep_for(std::chrono::milliseconds(500));
+  EXPECT_LT(cpu_time() - before, std::chrono::milliseconds(50));
 }
 
 TEST(Parallel, TasksStartInAscendingOrder) {
