@@ -29,6 +29,7 @@ struct Tensor {
   void* data = nullptr;
   DType dtype = DType::float32;
   Strides strides;
+  bool streamed = false;  // written past the caches, see is_large
 };
 
 /// lse and its cotangent: natural log, float32, dense [batch, heads_q, seq], varlen [heads_q, total_q].

@@ -84,11 +84,11 @@ inline void write_query_gradients(const BackwardPass& pass, const Unit& unit, st
       BackwardProducts<Operand>::visit_dq(dq, row - row_begin + v * lanes, problem.head_dim, [&](int lane, float* values) {
         if (v * lanes + lane >= panel.rows) return;
         scale_row(values, problem.softmax_scale, problem.head_dim);
-        const std::int64_t offset = panel.offset(unit, tensor.strides, v * lanes + lane);
-        write_row(tensor.dtype, element(tensor.data, tensor.dtype, offset), tensor.strides.dim, problem.head_dim, values);
+        write_result_row(tensor, panel.offset(unit, tensor.strides, v * lanes + lane), problem.head_dim, values);
       });
     }
   }
+  streams_end();
 }
 
 template <class Operand>

@@ -6,7 +6,7 @@
 #include <new>
 #include <vector>
 
-#include "cpu/large_pages.h"
+#include "cpu/large_results.h"
 
 namespace flash_attn::cpu {
 namespace {

@@ -304,6 +304,7 @@ inline void combine_partials(const DecodePass& pass, const Unit& unit, const Par
       write_result(problem, *pass.outputs, panel, unit, lane, sum_of_row, lse_log2);
     }
   }
+  streams_end();
 }
 
 }  // namespace

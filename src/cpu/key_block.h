@@ -68,8 +68,9 @@ inline void write_key_gradients(const Tensor& tensor, const Unit& unit, KeyBlock
     const std::int64_t slot = unit.sequence.k.begin + std::int64_t{keys.begin} + i;
     const std::int64_t offset =
         unit.batch * tensor.strides.batch + slot * tensor.strides.seq + unit.kv_head * tensor.strides.head;
-    write_row(tensor.dtype, element(tensor.data, tensor.dtype, offset), tensor.strides.dim, dim, row);
+    write_result_row(tensor, offset, dim, row);
   }
+  streams_end();
 }
 
 }  // namespace

@@ -74,8 +74,7 @@ inline RowEnd end_of_row(const AttentionProblem& problem, const SoftmaxState& st
 inline void write_result(const AttentionProblem& problem, const ForwardOutputs& outputs, const RowPanel& panel,
                          const Unit& unit, int lane, const float* row, float lse_log2) {
   const Tensor& out = outputs.out;
-  write_row(out.dtype, element(out.data, out.dtype, panel.offset(unit, out.strides, lane)), out.strides.dim, problem.head_dim_v,
-            row);
+  write_result_row(out, panel.offset(unit, out.strides, lane), problem.head_dim_v, row);
   outputs.lse[panel.offset(unit, outputs.lse_strides, lane)] = lse_log2 * ln_2;
 }
 
@@ -96,6 +95,7 @@ inline void finish_panel(const AttentionProblem& problem, const ForwardOutputs& 
       write_result(problem, outputs, panel, unit, lane, o, end.lse_log2);
     }
   }
+  streams_end();
 }
 
 }  // namespace

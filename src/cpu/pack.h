@@ -7,6 +7,7 @@
 
 #include "cpu/key_row.h"
 #include "cpu/operand.h"
+#include "cpu/result_row.h"
 #include "cpu/row_panel.h"
 
 namespace flash_attn::cpu::FA_LEVEL {

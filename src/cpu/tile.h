@@ -49,6 +49,25 @@ FA_INLINE Vec load(const float* p) {
   return x;
 }
 FA_INLINE void store(float* p, Vec x) { __builtin_memcpy(p, &x, sizeof(x)); }
+
+// Past the caches where the level can, to a multiple of the value's size: a line that is written as a whole is not read first.
+// Other threads may read it after streams_end.
+template <class Value>
+FA_INLINE void stream(char* p, Value x) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(x) == 64) return _mm512_stream_si512(reinterpret_cast<__m512i*>(p), reinterpret_cast<__m512i>(x));
+#endif
+#if defined(__AVX2__)
+  if constexpr (sizeof(x) == 32) return _mm256_stream_si256(reinterpret_cast<__m256i*>(p), reinterpret_cast<__m256i>(x));
+  if constexpr (sizeof(x) == 16) return _mm_stream_si128(reinterpret_cast<__m128i*>(p), reinterpret_cast<__m128i>(x));
+#endif
+  __builtin_memcpy(p, &x, sizeof(x));
+}
+FA_INLINE void streams_end() {
+#if defined(__AVX2__)
+  _mm_sfence();
+#endif
+}
 // x - 0 and not x + 0, which would be an addition for the sake of -0.
 FA_INLINE Vec splat(float x) { return x - Vec{}; }
 FA_INLINE IVec splat(std::int32_t x) { return x - IVec{}; }

@@ -5,7 +5,7 @@
 #include <string>
 #include <vector>
 
-#include "cpu/large_pages.h"
+#include "cpu/large_results.h"
 #include "flash_attn/attention.h"
 #include "mlx/allocator.h"
 #include "mlx/ops.h"
@@ -26,8 +26,13 @@ inline OptionalInputs with_contiguous_vectors(OptionalInputs optional, mx::Strea
   return optional;
 }
 
+/// At the begin of a cache line, where MLX's own memory begins a few bytes after one: rows are then written in whole lines.
 inline void allocate(mx::array& output) {
-  output.set_data(mx::allocator::malloc(output.nbytes()));
+  constexpr std::size_t line = 64;
+  output.set_data(mx::allocator::malloc(output.nbytes() + line));
+  const std::size_t before = -reinterpret_cast<std::uintptr_t>(output.data<char>()) % line;
+  output.copy_shared_buffer(output, output.strides(), output.flags(), output.data_size(),
+                            static_cast<std::int64_t>(before / output.itemsize()));
   cpu::prefer_large_pages(output.data<char>(), output.nbytes());
 }
 

@@ -1,5 +1,6 @@
 #include "ops/cpu_views.h"
 
+#include "cpu/large_results.h"
 #include "ops/dtype.h"
 
 namespace flash_attn {
@@ -56,6 +57,12 @@ Quantization quantization_of(const std::optional<mx::array>& scales, const std::
 cpu::ConstTensor const_view(const mx::array& tensor) { return {tensor.data<void>(), dtype_of(tensor), strides_of(tensor)}; }
 
 cpu::Tensor view(mx::array& tensor) { return {tensor.data<void>(), dtype_of(tensor), strides_of(tensor)}; }
+
+cpu::Tensor result_view(mx::array& result) {
+  cpu::Tensor tensor = view(result);
+  tensor.streamed = cpu::is_large(result.nbytes());
+  return tensor;
+}
 
 cpu::LseStrides lse_strides(const mx::array& lse) {
   return {.batch = lse.ndim() == 3 ? lse.strides(0) : 0, .head = lse.strides(-2), .seq = lse.strides(-1)};

@@ -10,6 +10,9 @@ namespace flash_attn {
 cpu::ConstTensor const_view(const mx::array& tensor);
 cpu::Tensor view(mx::array& tensor);
 
+/// The same of an array that a kernel is about to fill.
+cpu::Tensor result_view(mx::array& result);
+
 /// lse or its cotangent: (batch, heads, seq), packed sequences (heads, total).
 cpu::LseStrides lse_strides(const mx::array& lse);
 

@@ -43,7 +43,7 @@ class FlashAttention final : public AttentionNode {
     make_rows_of_codes_whole(call);
     mx::cpu::get_command_encoder(stream()).dispatch(
         [problem = call.problem, inputs = cpu_inputs(call),
-         outputs = cpu::ForwardOutputs{view(outputs[0]), outputs[1].data<float>(), lse_strides(outputs[1])}] {
+         outputs = cpu::ForwardOutputs{result_view(outputs[0]), outputs[1].data<float>(), lse_strides(outputs[1])}] {
           cpu::forward(problem, inputs, outputs);
         });
   }
@@ -123,9 +123,9 @@ class FlashAttentionVJP final : public AttentionNode {
   cpu::Gradients gradient_views(Arrays& outputs) const {
     cpu::Gradients gradients;
     auto next = outputs.begin();
-    if (wanted_[wrt_q]) gradients.dq = view(*next++);
-    if (wanted_[wrt_k]) gradients.dk = view(*next++);
-    if (wanted_[wrt_v]) gradients.dv = view(*next++);
+    if (wanted_[wrt_q]) gradients.dq = result_view(*next++);
+    if (wanted_[wrt_k]) gradients.dk = result_view(*next++);
+    if (wanted_[wrt_v]) gradients.dv = result_view(*next++);
     if (wanted_[wrt_attn_mask]) {
       mx::array& dmask = *next++;
       gradients.dmask = dmask.data<float>();

@@ -58,6 +58,12 @@ const std::vector<Case> all_cases = {
        features.v = Layout::strided_dim;
        features.out = Layout::gaps;
      }},
+    {"streamed_results",
+     [](AttentionProblem& problem, Features& features) {
+       problem.head_dim = 64;
+       problem.head_dim_v = 32;
+       features.out = Layout::streamed;
+     }},
     {"varlen", make_varlen},
     {"varlen_causal",
      [](AttentionProblem& problem, Features& features) {

@@ -81,7 +81,7 @@ void random_options(ByteSource& source, AttentionProblem& problem, Features& fea
   features.q = random_layout(source);
   features.k = random_layout(source);
   features.v = random_layout(source);
-  features.out = source.choose({Layout::contiguous, Layout::heads_first, Layout::gaps});
+  features.out = source.choose({Layout::contiguous, Layout::heads_first, Layout::gaps, Layout::streamed});
   features.alibi = source.one_in(3);
   features.alibi_per_batch = source.one_in(2);
   features.sink = source.one_in(3);

@@ -148,6 +148,11 @@ cpu::Tensor TestCall::make_tensor(const Shape& shape, Layout layout, DType dtype
     elements = 1 + (shape.batch - 1) * strides.batch + (shape.seq - 1) * std::abs(strides.seq) +
                (shape.heads - 1) * strides.head + (shape.dim - 1) * strides.dim;
   }
+  if (layout == Layout::streamed) {
+    constexpr std::int64_t line = 64;
+    std::byte* memory = allocate(elements + line / element_size(dtype), dtype);
+    return {memory + -reinterpret_cast<std::uintptr_t>(memory) % line, dtype, strides, true};
+  }
   return {allocate(elements, dtype) + (elements ? first * element_size(dtype) : 0), dtype, strides};
 }
 

@@ -24,6 +24,7 @@ enum class Layout {
   strided_dim,  // every second element
   reversed,     // seq runs backwards
   same_batch,   // batch items share memory; inputs only
+  streamed,     // contiguous, at a cache line, written past the caches; outputs only
 };
 
 // Of a call whose problem is `cached`. Empty: not given.
