@@ -53,7 +53,7 @@ class BackwardProducts {
   }
 
   // K as dQ reads it. A row that sees a NaN in K has NaN in dS; a row that does not must not meet it as 0 * NaN.
-  void pack_keys(const KeyReader& reader, KeyBlock keys, int head_dim) const {
+  void pack_keys(const KeyReader& reader, KeyBlock keys, int head_dim, const float*) const {
     pack_panels<Operand>(
         keys, head_dim, k_panels_, [&](int key, float* row) { return reader.view_key(key, row); },
         [](Vec k) { return select(is_finite(k), k, Vec{}); });
@@ -181,20 +181,19 @@ class BackwardProducts<MatrixOperand> {
     k_dims_ = take(std::int64_t{key_words_} * k_panels_ * dim_panel);
   }
 
-  void pack_keys(const KeyReader& reader, KeyBlock keys, int head_dim) const {
-    float buffers[2][padded_head_dim];
-    float words_of_keys[lanes][padded_head_dim];
+  void pack_keys(const KeyReader&, KeyBlock, int, const float* k_rows) const {
+    const int dim_words = k_panels_ * matrix_tile;
     for (int first = 0; first < key_words_; first += lanes) {
-      const float* rows[lanes];
-      for (int i = 0; i < lanes; ++i) {
-        const int key = keys.begin + 2 * (first + i);
-        const float* const pair[2] = {reader.view_key(key, buffers[0]), reader.view_key(key + 1, buffers[1])};
-        scatter_to_panels<MatrixOperand>(pair, head_dim, words_of_keys[i], dim_panel,
-                                         [](Vec k) { return select(is_finite(k), k, Vec{}); });
-        rows[i] = words_of_keys[i];
+      const float* rows = k_rows + std::int64_t{2 * first} * dim_words;
+      for (int d = 0; d < k_panels_ * dim_panel; d += lanes) {
+        Vec block[lanes];
+        for (int i = 0; i < lanes; ++i) {
+          const float* neighbours[2] = {rows + 2 * i * dim_words, rows + (2 * i + 1) * dim_words};
+          block[i] = finite_halves(word_of_rows<MatrixOperand>(neighbours, d));
+        }
+        transpose(block);
+        for (int i = 0; i < lanes; ++i) store(k_dims_ + std::int64_t{d + i} * key_words_ + first, block[i]);
       }
-      visit_columns(rows, k_panels_ * dim_panel,
-                    [&](int d, Vec column) { store(k_dims_ + std::int64_t{d} * key_words_ + first, column); });
     }
   }
 
@@ -224,17 +223,18 @@ class BackwardProducts<MatrixOperand> {
   template <int N>
   void keep(const GradientTile& tile, int key, int column) const {
     for (int i = 0; i < tile.scores.keys; i += 2) {
-      const std::int64_t from = i * tile.scores.stride;
-      for (int next = 0; next < 2; ++next) {
-        const std::int64_t row = from + next * tile.scores.stride;
-        const std::int64_t to = std::int64_t{key + i + next} * row_words + column / 2;
-        pack_row<Bfloat16Operand>(tile.scores.scores + row, N * lanes, p_rows_ + to);
-        pack_row<Bfloat16Operand>(tile.gradients + row, N * lanes, ds_rows_ + to);
-      }
+      float* p_rows = p_rows_ + std::int64_t{key + i} * row_words + column / 2;
+      float* ds_rows = ds_rows_ + std::int64_t{key + i} * row_words + column / 2;
+      float* ds_keys = ds_keys_ + std::int64_t{(key + i) / 2} * rows_in_block + column;
+#pragma GCC unroll 3
       for (int n = 0; n < N; ++n) {
-        const float* ds = tile.gradients + from + n * lanes;
-        store(ds_keys_ + std::int64_t{(key + i) / 2} * rows_in_block + column + n * lanes,
-              MatrixOperand::word({load(ds), load(ds + tile.scores.stride)}));
+        const std::int64_t from = i * tile.scores.stride + n * lanes;
+        const Vec ds[2] = {load(tile.gradients + from), load(tile.gradients + from + tile.scores.stride)};
+        store_half(p_rows + n * lanes / 2, load(tile.scores.scores + from));
+        store_half(p_rows + row_words + n * lanes / 2, load(tile.scores.scores + from + tile.scores.stride));
+        store_half(ds_rows + n * lanes / 2, ds[0]);
+        store_half(ds_rows + row_words + n * lanes / 2, ds[1]);
+        store(ds_keys + n * lanes, MatrixOperand::word(ds));
       }
     }
   }
@@ -276,6 +276,21 @@ class BackwardProducts<MatrixOperand> {
   }
 
  private:
+  static FA_INLINE void store_half(float* to, Vec x) {
+    const Half bits = half_of(x);
+    __builtin_memcpy(to, &bits, sizeof(bits));
+  }
+
+  // 0 for a half that is not finite.
+  static FA_INLINE Vec finite_halves(Vec word) {
+    constexpr std::int32_t low = 0x7f80;
+    constexpr std::int32_t high = 0x7f800000;
+    const IVec bits = bits_of(word);
+    const IVec keep_low = (bits & low) != low;
+    const IVec keep_high = (bits & high) != high;
+    return from_bits(bits & ((keep_low & 0xffff) | (keep_high & ~0xffff)));
+  }
+
   static constexpr std::int64_t tile_size = std::int64_t{keys_at_once} * panel_rows;
 
   void clear(KeyRange keys, int column, int vectors) const {

@@ -49,11 +49,18 @@ struct KeyBlockBuffers {
 };
 
 template <class Operand>
-inline void pack_key_rows(const AttentionProblem& problem, const KeyReader& reader, KeyBlock keys,
+inline void pack_key_rows(const BackwardPass& pass, const KeyReader& reader, const Unit& unit, KeyBlock keys,
                           const KeyBlockBuffers<Operand>& buffers) {
-  pack_rows<Operand>(keys, problem.head_dim, buffers.k_rows, [&](int key, float* row) { return reader.view_key(key, row); });
-  pack_rows<Operand>(keys, problem.head_dim_v, buffers.v_rows,
-                     [&](int key, float* row) { return reader.view_value(key, row); });
+  float buffer[padded_head_dim];
+  const auto pack = [&](const KeyTensor& source, float* packed) {
+    const int row_words = words<Operand>(source.dim);
+    for (int i = 0; i < keys.size; ++i, packed += row_words) {
+      const float* row = view_words<Operand>(reader, source, unit, keys.begin + i, buffer);
+      std::memcpy(packed, row, sizeof(float) * static_cast<std::size_t>(row_words));
+    }
+  };
+  pack(keys_of(*pass.problem, *pass.inputs), buffers.k_rows);
+  pack(values_of(*pass.problem, *pass.inputs), buffers.v_rows);
 }
 
 inline void write_key_gradients(const Tensor& tensor, const Unit& unit, KeyBlock keys, int dim, float scale,

@@ -24,7 +24,7 @@ inline void add_mask_gradient(const BackwardPass& pass, const MaskGradientTask& 
   const ScoreSteps steps(problem, *pass.inputs);
   [[maybe_unused]] const typename Products::Unit unit_in_use;
   prepare_rows<Operand>(pass, unit, task.row_begin, scratch);
-  pack_key_rows<Operand>(problem, KeyReader(problem, *pass.inputs, unit), keys, buffers);
+  pack_key_rows<Operand>(pass, KeyReader(problem, *pass.inputs, unit), unit, keys, buffers);
   const int last = unit.sequence.k.length - keys.begin;
   BlockPair<Operand> pair = {{problem, scratch}, row_end - task.row_begin, keys, seen, {}};
   for (int column = 0; column < pair.row_count; column += panel_rows) {

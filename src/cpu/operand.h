@@ -23,6 +23,15 @@ struct Float32Operand {
   static FA_INLINE Vec word(const Vec (&neighbours)[per_word]) { return neighbours[0]; }
 };
 
+// To nearest even; arithmetic makes only quiet NaNs.
+FA_INLINE Half half_of(Vec x) {
+#if defined(__AVX512BF16__) && FA_VECTOR_BYTES == 64
+  return reinterpret_cast<Half>(_mm512_cvtneps_pbh(x));
+#else
+  return to_bfloat16(x);
+#endif
+}
+
 struct Bfloat16Operand {
   static constexpr int per_word = 2;
   static constexpr int word_granule = 1;

@@ -117,7 +117,6 @@ class KeyReader {
     return buffer;
   }
 
- private:
   KeySlot slot_of(std::int32_t key) const {
     const bool seen = seen_.begin <= key && key < seen_.end;
     return seen ? slot_of_key(problem_, inputs_, unit_.sequence, unit_.batch, key) : KeySlot{-1, 0};
@@ -151,6 +150,7 @@ class KeyReader {
     return buffer;
   }
 
+ private:
   const AttentionProblem& problem_;
   const AttentionInputs& inputs_;
   const Unit& unit_;

@@ -1,7 +1,7 @@
 // A block of query rows as backward reads it: Q and dO in both layouts, lse and D. Prepared once, read by every key block.
 #pragma once
 
-#include "cpu/pack.h"
+#include "cpu/row_words.h"
 
 namespace flash_attn::cpu::FA_LEVEL {
 namespace {
@@ -47,47 +47,62 @@ inline bool sees_keys(const BackwardInputs& saved, const Unit& unit, const RowPa
          saved.lse[panel.offset(unit, saved.lse_strides, lane)] != -__builtin_inff();
 }
 
-// The panel's rows from `lane` on that make one word: zeros after the last row and in a row without a key, whose NaN must not
-// leave it as 0 * NaN.
+// The rows in one vector of a panel, as words; the lanes after the last row repeat it.
 template <class Operand>
-struct WordOfRows {
-  const float* rows[Operand::per_word];
-  float buffers[Operand::per_word][padded_head_dim];
+struct VectorOfRows {
+  const float* rows[lanes];
+  float buffers[lanes][padded_head_dim];
 
-  WordOfRows(const BackwardInputs& saved, const RowPanel& panel, const Unit& unit, const ConstTensor& tensor, int lane,
-             int dim) {
-    for (int i = 0; i < Operand::per_word; ++i) {
-      rows[i] = buffers[i];
-      if (lane + i < panel.rows && sees_keys(saved, unit, panel, lane + i)) {
-        rows[i] = view_row(tensor, panel.offset(unit, tensor.strides, lane + i), dim, buffers[i]);
-      } else {
-        std::memset(buffers[i], 0, sizeof(float) * static_cast<std::size_t>(round_up(dim, dim_panel)));
-      }
+  VectorOfRows(const RowPanel& panel, const Unit& unit, const ConstTensor& tensor, int first_lane, int dim) {
+    for (int i = 0; i < lanes; ++i) {
+      rows[i] = view_words<Operand>(tensor, panel.offset(unit, tensor.strides, first_lane + i), dim, buffers[i]);
     }
   }
 };
 
-inline float dot(const float* a, const float* b, int padded_dim) {
-  Vec sum = {};
-  for (int d = 0; d < padded_dim; d += lanes) sum += load(a + d) * load(b + d);
-  float total = 0.0f;
-  for (int lane = 0; lane < lanes; ++lane) total += sum[lane];
-  return total;
+// The vector's rows in panels: zeros after the panel's last row and in a row without a key, whose NaN must not leave it as
+// 0 * NaN.
+template <class Operand>
+inline void pack_panels_of_rows(const BackwardInputs& saved, const RowPanel& panel, const Unit& unit, int first_lane,
+                                const VectorOfRows<Operand>& vector, int dim, float* panels, std::int64_t panel_stride) {
+  for (int lane = 0; lane < lanes; lane += Operand::per_word, panels += dim_panel) {
+    const float* rows[Operand::per_word];
+    for (int i = 0; i < Operand::per_word; ++i) {
+      const int of_panel = first_lane + lane + i;
+      const bool counts = of_panel < panel.rows && sees_keys(saved, unit, panel, of_panel);
+      rows[i] = counts ? vector.rows[lane + i] : words_of_zeros();
+    }
+    for (int d = 0; d < dim; d += lanes) {
+      store(panels + d / dim_panel * panel_stride + d % dim_panel, word_of_rows<Operand>(rows, d));
+    }
+  }
 }
 
-// lse and D of the rows of a word, the first of which is `lane` of the panel.
+// lse and D of the vector's rows.
 template <class Operand>
-inline void prepare_statistics(const BackwardPass& pass, const Unit& unit, const RowPanel& panel, int lane,
-                               const WordOfRows<Operand>& dout, float* lse_log2, float* delta) {
+inline void prepare_statistics(const BackwardPass& pass, const Unit& unit, const RowPanel& panel, int first_lane,
+                               const VectorOfRows<Operand>& dout, float* lse_log2, float* delta) {
   const BackwardInputs& saved = *pass.saved;
   const int dim = pass.problem->head_dim_v;
-  const WordOfRows<Operand> out(saved, panel, unit, saved.out, lane, dim);
-  for (int i = 0; i < Operand::per_word && lane + i < panel.rows; ++i) {
-    const float lse = saved.lse[panel.offset(unit, saved.lse_strides, lane + i)];
+  for (int lane = first_lane; lane < first_lane + lanes; ++lane) {
+    const float lse = saved.lse[panel.offset(unit, saved.lse_strides, lane)];
     // A row without keys has only masked scores: any finite lse makes their probabilities 0.
-    lse_log2[lane + i] = lse == -__builtin_inff() ? 0.0f : lse * log2_e;
-    delta[lane + i] = dot(dout.rows[i], out.rows[i], round_up(dim, dim_panel)) -
-                      (saved.dlse ? saved.dlse[panel.offset(unit, saved.dlse_strides, lane + i)] : 0.0f);
+    lse_log2[lane] = lse == -__builtin_inff() ? 0.0f : lse * log2_e;
+    delta[lane] = saved.dlse ? -saved.dlse[panel.offset(unit, saved.dlse_strides, lane)] : 0.0f;
+    if (!sees_keys(saved, unit, panel, lane)) continue;
+    float buffer[padded_head_dim];
+    const float* out = view_words<Operand>(saved.out, panel.offset(unit, saved.out.strides, lane), dim, buffer);
+    delta[lane] += dot_of_words<Operand>(dout.rows[lane - first_lane], out, panel_words<Operand>(dim));
+  }
+}
+
+// Rows of a head lie far apart: all are asked for before the first is read.
+inline void fetch_rows(const ConstTensor& tensor, const Unit& unit, const RowPanel& panel, int dim) {
+  constexpr int cache_line = 64;
+  const std::int64_t bytes = dim * size_of(tensor.dtype);
+  for (int lane = 0; lane < panel.rows; ++lane) {
+    const char* row = element(tensor.data, tensor.dtype, panel.offset(unit, tensor.strides, lane));
+    for (std::int64_t byte = 0; byte < bytes; byte += cache_line) __builtin_prefetch(row + byte);
   }
 }
 
@@ -95,33 +110,41 @@ template <class Operand>
 inline void prepare_rows(const BackwardPass& pass, const Unit& unit, std::int32_t row_begin, float* memory) {
   const AttentionProblem& problem = *pass.problem;
   const BackwardInputs& saved = *pass.saved;
-  const ConstTensor& q = pass.inputs->q;
   const RowBlock<Operand> block(problem, memory);
   const std::int64_t panel_stride = words<Operand>(row_block<Operand>) * dim_panel;
   const int row_end = min_of(row_begin + row_block<Operand>, unit.packed_rows());
   for (int row = row_begin; row < row_end; row += panel_rows) {
     const RowPanel panel(problem, *pass.inputs, unit, row, row_end);
-    const std::int64_t first = row - row_begin;
-    pack_transposed<Operand>(panel, unit, q, problem.head_dim, block.q_transposed + first * words<Operand>(problem.head_dim));
-    pack_transposed<Operand>(panel, unit, saved.dout, problem.head_dim_v,
-                             block.dout_transposed + first * words<Operand>(problem.head_dim_v));
-    // Zeros after the last row, as far as a product reads.
-    const bool is_last = row + panel_rows >= row_end;
-    const int lane_end = is_last ? round_up(row_end - row_begin, depth_granule<Operand>) - static_cast<int>(first) : panel.rows;
-    for (int lane = 0; lane < lane_end; lane += Operand::per_word) {
-      const std::int64_t word = (first + lane) / Operand::per_word * dim_panel;
-      const WordOfRows<Operand> q_rows(saved, panel, unit, q, lane, problem.head_dim);
-      const WordOfRows<Operand> dout_rows(saved, panel, unit, saved.dout, lane, problem.head_dim_v);
-      scatter_to_panels<Operand>(q_rows.rows, problem.head_dim, block.q_panels + word, panel_stride, unchanged);
-      scatter_to_panels<Operand>(dout_rows.rows, problem.head_dim_v, block.dout_panels + word, panel_stride, unchanged);
-      prepare_statistics<Operand>(pass, unit, panel, lane, dout_rows, block.lse_log2 + first, block.delta + first);
-    }
-    // The lanes that repeat the last row repeat its statistics, so that they stay finite if it does.
-    for (int lane = panel.rows; lane < panel.width(); ++lane) {
-      block.lse_log2[first + lane] = block.lse_log2[first + panel.rows - 1];
-      block.delta[first + lane] = block.delta[first + panel.rows - 1];
+    fetch_rows(pass.inputs->q, unit, panel, problem.head_dim);
+    fetch_rows(saved.dout, unit, panel, problem.head_dim_v);
+    fetch_rows(saved.out, unit, panel, problem.head_dim_v);
+    for (int first_lane = 0; first_lane < panel.width(); first_lane += lanes) {
+      const std::int64_t first = row - row_begin;
+      const std::int64_t first_word = (first + first_lane) / Operand::per_word;
+      const auto pack = [&](const VectorOfRows<Operand>& vector, int dim, float* transposed, float* panels) {
+        transposed += first * words<Operand>(dim) + first_lane;
+        visit_columns(vector.rows, words<Operand>(dim),
+                      [&](int d, Vec column) { store(transposed + d * panel.width(), column); });
+        pack_panels_of_rows(saved, panel, unit, first_lane, vector, round_up(dim, dim_panel), panels + first_word * dim_panel,
+                            panel_stride);
+      };
+      pack({panel, unit, pass.inputs->q, first_lane, problem.head_dim}, problem.head_dim, block.q_transposed, block.q_panels);
+      const VectorOfRows<Operand> dout(panel, unit, saved.dout, first_lane, problem.head_dim_v);
+      pack(dout, problem.head_dim_v, block.dout_transposed, block.dout_panels);
+      prepare_statistics(pass, unit, panel, first_lane, dout, block.lse_log2 + first, block.delta + first);
     }
   }
+  // Zeros after the last row, as far as a product over rows reads.
+  const int rows = round_up(row_end - row_begin, lanes);
+  const auto clear = [&](float* panels, int dim) {
+    const std::int64_t first = std::int64_t{rows / Operand::per_word} * dim_panel;
+    const std::int64_t end = std::int64_t{words<Operand>(rows)} * dim_panel;
+    for (int p = 0; p < panels_of(dim); ++p) {
+      std::memset(panels + p * panel_stride + first, 0, sizeof(float) * static_cast<std::size_t>(end - first));
+    }
+  };
+  clear(block.q_panels, problem.head_dim);
+  clear(block.dout_panels, problem.head_dim_v);
 }
 
 // A sink is a key whose value is 0: d sink = -P_sink D. Adds each row of the block to its head, in order.
