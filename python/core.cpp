@@ -16,8 +16,8 @@
 #include "flash_attn/device.h"
 #include "flash_attn/kvcache_attention.h"
 #include "mlx/mlx.h"
-#include "ops/metal_launch.h"
-#include "ops/metal_probe.h"
+#include "ops/metal/launch.h"
+#include "ops/metal/probe.h"
 #include "ops/warn.h"
 
 namespace nb = nanobind;

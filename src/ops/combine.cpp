@@ -3,7 +3,7 @@
 
 #include "flash_attn/attention.h"
 #include "mlx/ops.h"
-#include "ops/check.h"
+#include "ops/call/check.h"
 
 namespace flash_attn {
 

@@ -4,10 +4,10 @@
 #include <stdexcept>
 #include <vector>
 
+#include "ops/call/inputs.h"
+#include "ops/call/require.h"
 #include "ops/env.h"
-#include "ops/inputs.h"
-#include "ops/metal_launch.h"
-#include "ops/require.h"
+#include "ops/metal/launch.h"
 #include "ops/warn.h"
 
 namespace flash_attn {

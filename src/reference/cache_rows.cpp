@@ -2,7 +2,7 @@
 
 #include <algorithm>
 
-#include "ops/inputs.h"
+#include "ops/call/inputs.h"
 
 namespace flash_attn::reference {
 

@@ -5,7 +5,7 @@
 #include <vector>
 
 #include "mlx/mlx.h"
-#include "ops/call.h"
+#include "ops/call/call.h"
 
 namespace flash_attn::reference {
 

@@ -7,8 +7,8 @@
 #include <vector>
 
 #include "mlx/mlx.h"
-#include "ops/inputs.h"
-#include "ops/vjp.h"
+#include "ops/call/inputs.h"
+#include "ops/graph/vjp.h"
 #include "reference/cache_rows.h"
 #include "reference/reference.h"
 #include "semantics/rotary.h"

@@ -1,7 +1,7 @@
 // Attention over a KV cache as MLX ops.
 #pragma once
 
-#include "ops/kvcache_primitive.h"
+#include "ops/graph/kvcache_primitive.h"
 
 namespace flash_attn::reference {
 

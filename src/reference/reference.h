@@ -1,7 +1,7 @@
 // The truth: the same attention as a composition of MLX ops, differentiable by MLX, O(seqlen_q * seqlen_k) memory.
 #pragma once
 
-#include "ops/call.h"
+#include "ops/call/call.h"
 
 namespace flash_attn::reference {
 

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "mlx/array.h"
-#include "ops/call.h"
+#include "ops/call/call.h"
 
 namespace flash_attn::reference {
 

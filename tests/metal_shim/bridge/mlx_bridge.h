@@ -8,7 +8,7 @@
 #include <vector>
 
 #include "metal_shim.h"
-#include "ops/metal_launch.h"
+#include "ops/metal/launch.h"
 
 namespace metal_shim {
 

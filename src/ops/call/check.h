@@ -4,7 +4,7 @@
 #include <optional>
 
 #include "flash_attn/attention.h"
-#include "ops/call.h"
+#include "ops/call/call.h"
 
 namespace flash_attn {
 

@@ -9,7 +9,7 @@
 #include <vector>
 
 #include "flash_attn/attention.h"
-#include "ops/call.h"
+#include "ops/call/call.h"
 
 namespace flash_attn {
 

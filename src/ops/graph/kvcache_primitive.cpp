@@ -1,4 +1,4 @@
-#include "ops/kvcache_primitive.h"
+#include "ops/graph/kvcache_primitive.h"
 
 #include <memory>
 #include <optional>
@@ -6,12 +6,12 @@
 
 #include "cpu/buffer.h"
 #include "mlx/backend/cpu/encoder.h"
-#include "ops/attention_node.h"
-#include "ops/cpu_views.h"
-#include "ops/metal_kvcache.h"
-#include "ops/metal_launch.h"
-#include "ops/strided_copy.h"
-#include "ops/vjp.h"
+#include "ops/graph/attention_node.h"
+#include "ops/graph/cpu_views.h"
+#include "ops/graph/strided_copy.h"
+#include "ops/graph/vjp.h"
+#include "ops/metal/kvcache.h"
+#include "ops/metal/launch.h"
 
 namespace flash_attn {
 namespace {

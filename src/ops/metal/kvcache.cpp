@@ -1,7 +1,7 @@
 // Appending on Metal. MLX's nodes write a buffer in place if nothing else refers to it, but only if nothing has read it in the
 // same evaluation either: so what becomes of a token without a place (past the capacity, on a page that is not there) must be
 // decided without looking at the cache.
-#include "ops/metal_kvcache.h"
+#include "ops/metal/kvcache.h"
 
 #include <algorithm>
 #include <cstdint>
@@ -11,14 +11,14 @@
 #include <vector>
 
 #include "mlx/mlx.h"
-#include "ops/attention_node.h"
-#include "ops/inputs.h"
-#include "ops/metal_attention.h"
-#include "ops/metal_launch.h"
-#include "ops/metal_probe.h"
-#include "ops/require.h"
-#include "ops/vjp.h"
-#include "ops/whole_rows.h"
+#include "ops/call/inputs.h"
+#include "ops/call/require.h"
+#include "ops/graph/attention_node.h"
+#include "ops/graph/vjp.h"
+#include "ops/metal/attention.h"
+#include "ops/metal/launch.h"
+#include "ops/metal/probe.h"
+#include "ops/metal/whole_rows.h"
 #include "reference/cache_rows.h"
 #include "reference/kvcache.h"
 #include "semantics/paging.h"

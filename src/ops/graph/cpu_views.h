@@ -2,7 +2,7 @@
 #pragma once
 
 #include "cpu/attention.h"
-#include "ops/call.h"
+#include "ops/call/call.h"
 
 namespace flash_attn {
 

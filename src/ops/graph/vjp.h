@@ -4,7 +4,7 @@
 #include <vector>
 
 #include "flash_attn/attention.h"
-#include "ops/primitive.h"
+#include "ops/graph/primitive.h"
 
 namespace flash_attn {
 

@@ -2,8 +2,8 @@
 #pragma once
 
 #include "metal/specialisation.h"
-#include "ops/metal_launch.h"
-#include "ops/primitive.h"
+#include "ops/graph/primitive.h"
+#include "ops/metal/launch.h"
 
 namespace flash_attn {
 

@@ -1,7 +1,7 @@
-#include "ops/cpu_views.h"
+#include "ops/graph/cpu_views.h"
 
 #include "cpu/large_results.h"
-#include "ops/dtype.h"
+#include "ops/call/dtype.h"
 
 namespace flash_attn {
 namespace {

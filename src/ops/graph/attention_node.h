@@ -10,8 +10,8 @@
 #include "mlx/allocator.h"
 #include "mlx/ops.h"
 #include "mlx/primitives.h"
-#include "ops/call.h"
-#include "ops/inputs.h"
+#include "ops/call/call.h"
+#include "ops/call/inputs.h"
 
 namespace flash_attn {
 

@@ -1,4 +1,4 @@
-#include "ops/whole_rows.h"
+#include "ops/metal/whole_rows.h"
 
 #include <memory>
 #include <utility>
@@ -8,8 +8,8 @@
 #include "mlx/backend/cpu/encoder.h"
 #include "mlx/ops.h"
 #include "mlx/primitives.h"
-#include "ops/require.h"
-#include "ops/strided_copy.h"
+#include "ops/call/require.h"
+#include "ops/graph/strided_copy.h"
 
 namespace flash_attn {
 namespace {

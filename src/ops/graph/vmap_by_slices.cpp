@@ -1,4 +1,4 @@
-#include "ops/vmap_by_slices.h"
+#include "ops/graph/vmap_by_slices.h"
 
 #include "mlx/ops.h"
 

@@ -1,7 +1,7 @@
 // A cache on Metal: MLX's own nodes write new keys in place, then the kernels attend.
 #pragma once
 
-#include "ops/kvcache_primitive.h"
+#include "ops/graph/kvcache_primitive.h"
 
 namespace flash_attn {
 

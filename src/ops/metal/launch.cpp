@@ -1,4 +1,4 @@
-#include "ops/metal_launch.h"
+#include "ops/metal/launch.h"
 
 #include <map>
 #include <memory>
@@ -14,7 +14,7 @@
 #include "mlx/ops.h"
 #include "mlx/primitives.h"
 #include "mlx/utils.h"
-#include "ops/vmap_by_slices.h"
+#include "ops/graph/vmap_by_slices.h"
 
 namespace flash_attn {
 namespace {

@@ -1,11 +1,11 @@
-#include "ops/check.h"
+#include "ops/call/check.h"
 
 #include <cstdint>
 #include <string>
 #include <vector>
 
-#include "ops/check_kvcache.h"
-#include "ops/require.h"
+#include "ops/call/check_kvcache.h"
+#include "ops/call/require.h"
 
 namespace flash_attn {
 namespace {

@@ -1,4 +1,4 @@
-#include "ops/metal_attention.h"
+#include "ops/metal/attention.h"
 
 #include <cstdlib>
 #include <limits>
@@ -10,11 +10,11 @@
 #include "mlx/backend/metal/metal.h"
 #include "mlx/ops.h"
 #include "mlx/transforms.h"
-#include "ops/attention_node.h"
-#include "ops/metal_kvcache.h"
-#include "ops/metal_probe.h"
-#include "ops/vjp.h"
-#include "ops/whole_rows.h"
+#include "ops/graph/attention_node.h"
+#include "ops/graph/vjp.h"
+#include "ops/metal/kvcache.h"
+#include "ops/metal/probe.h"
+#include "ops/metal/whole_rows.h"
 #include "reference/kvcache.h"
 #include "reference/reference.h"
 

@@ -1,4 +1,4 @@
-#include "ops/vjp.h"
+#include "ops/graph/vjp.h"
 
 #include "mlx/ops.h"
 

@@ -7,8 +7,8 @@
 #include <vector>
 
 #include "mlx/primitives.h"
-#include "ops/call.h"
-#include "ops/inputs.h"
+#include "ops/call/call.h"
+#include "ops/call/inputs.h"
 
 namespace flash_attn {
 

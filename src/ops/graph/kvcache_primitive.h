@@ -3,7 +3,7 @@
 
 #include <vector>
 
-#include "ops/primitive.h"
+#include "ops/graph/primitive.h"
 
 namespace flash_attn {
 

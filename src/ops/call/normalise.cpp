@@ -1,4 +1,4 @@
-#include "ops/normalise.h"
+#include "ops/call/normalise.h"
 
 #include <cmath>
 #include <limits>
@@ -7,10 +7,10 @@
 #include <vector>
 
 #include "mlx/ops.h"
-#include "ops/check_kvcache.h"
-#include "ops/dtype.h"
-#include "ops/inputs.h"
-#include "ops/require.h"
+#include "ops/call/check_kvcache.h"
+#include "ops/call/dtype.h"
+#include "ops/call/inputs.h"
+#include "ops/call/require.h"
 
 namespace flash_attn {
 namespace {

@@ -7,7 +7,7 @@
 #include <string>
 #include <vector>
 
-#include "ops/call.h"
+#include "ops/call/call.h"
 
 namespace flash_attn {
 

@@ -2,8 +2,8 @@
 #pragma once
 
 #include "flash_attn/kvcache_attention.h"
-#include "ops/call.h"
-#include "ops/check.h"
+#include "ops/call/call.h"
+#include "ops/call/check.h"
 
 namespace flash_attn {
 

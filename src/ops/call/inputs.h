@@ -6,7 +6,7 @@
 #include <optional>
 #include <vector>
 
-#include "ops/call.h"
+#include "ops/call/call.h"
 
 namespace flash_attn {
 

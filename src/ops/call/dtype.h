@@ -3,7 +3,7 @@
 
 #include <stdexcept>
 
-#include "ops/call.h"
+#include "ops/call/call.h"
 
 namespace flash_attn {
 

@@ -1,10 +1,10 @@
-#include "ops/inputs.h"
+#include "ops/call/inputs.h"
 
 #include <algorithm>
 #include <limits>
 #include <utility>
 
-#include "ops/check.h"
+#include "ops/call/check.h"
 
 namespace flash_attn {
 

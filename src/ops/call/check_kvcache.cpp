@@ -1,12 +1,12 @@
-#include "ops/check_kvcache.h"
+#include "ops/call/check_kvcache.h"
 
 #include <algorithm>
 #include <limits>
 #include <string>
 #include <vector>
 
-#include "ops/inputs.h"
-#include "ops/require.h"
+#include "ops/call/inputs.h"
+#include "ops/call/require.h"
 
 namespace flash_attn {
 namespace {

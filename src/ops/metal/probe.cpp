@@ -1,4 +1,4 @@
-#include "ops/metal_probe.h"
+#include "ops/metal/probe.h"
 
 #include <algorithm>
 #include <exception>
@@ -9,8 +9,8 @@
 #include <vector>
 
 #include "mlx/mlx.h"
-#include "ops/inputs.h"
-#include "ops/metal_launch.h"
+#include "ops/call/inputs.h"
+#include "ops/metal/launch.h"
 #include "ops/warn.h"
 
 namespace flash_attn {

@@ -1,4 +1,4 @@
-#include "ops/primitive.h"
+#include "ops/graph/primitive.h"
 
 #include <memory>
 #include <stdexcept>
@@ -7,12 +7,12 @@
 #include "flash_attn/attention.h"
 #include "mlx/backend/cpu/encoder.h"
 #include "mlx/ops.h"
-#include "ops/attention_node.h"
-#include "ops/cpu_views.h"
-#include "ops/metal_attention.h"
-#include "ops/strided_copy.h"
-#include "ops/vjp.h"
-#include "ops/vmap_by_slices.h"
+#include "ops/graph/attention_node.h"
+#include "ops/graph/cpu_views.h"
+#include "ops/graph/strided_copy.h"
+#include "ops/graph/vjp.h"
+#include "ops/graph/vmap_by_slices.h"
+#include "ops/metal/attention.h"
 
 namespace flash_attn {
 namespace {
