@@ -61,13 +61,17 @@ inline void pack_keys_values(const ForwardPass& pass, const Unit& unit, std::int
 // ---- a panel of rows
 
 struct PanelState {
+  int first_row;        // of the unit's
   float* q_transposed;  // [dim words][width]
   float* o;             // [width][dims]
   SoftmaxState softmax;
+  bool is_empty;     // no key was added yet
+  bool is_finished;  // the result is written
 };
 
 struct BlockContext {
   const ForwardPass* pass;
+  const ForwardTask* task;
   const float* packed;     // the block's K, then V
   std::int32_t key_begin;  // position of the block's first key
   ScoreContext scores;
@@ -107,8 +111,21 @@ inline void attend(const BlockContext& block, const RowPanel& panel, PanelState&
   block.steps->apply(block.scores, panel, tile);
   softmax_tile<N>(tile, state.softmax, alpha, scale_left);
   if (problem.has_dropout) drop_probabilities(problem, *block.pass->inputs, panel, tile);
-  Products::template values<N>(tile.scores, tile.keys, v, v_panel_stride, panels_of(problem.head_dim_v), alpha, staircase,
-                               state.o, block.transposed_tile);
+  const auto add_values = [&](const ResultRows* results) {
+    Products::template values<N>(tile.scores, tile.keys, v, v_panel_stride, panels_of(problem.head_dim_v), alpha, staircase,
+                                 {state.o, state.is_empty, results}, block.transposed_tile);
+  };
+  const ForwardTask& task = *block.task;
+  const ForwardOutputs& outputs = *block.pass->outputs;
+  const bool is_last = min_of(panel.some.end, task.keys.end) <= block.key_begin + block.pass->key_block;
+  if (Products::leaves_results && is_last && ResultRows::suit(problem, outputs.out, task.partial)) {
+    const ResultRows results(problem, outputs, *task.unit, panel, state.softmax, state.first_row, task.partial);
+    add_values(&results);
+    state.is_finished = true;
+  } else {
+    add_values(nullptr);
+  }
+  state.is_empty = false;
 }
 
 // ---- a task
@@ -162,7 +179,9 @@ inline void forward_rows(const ForwardPass& pass, const ForwardTask& task, float
     pack_transposed<Operand>(panel, problem.scored_dims(), state.q_transposed,
                              [&](int lane, float* row) { return view_query(inputs, problem, unit, panel, lane, row); });
     start_softmax(panel, task.is_first ? inputs.learnable_sink : nullptr, state.softmax);
-    std::memset(state.o, 0, sizeof(float) * static_cast<std::size_t>(panel.width() * dims_v));
+    state.first_row = row;
+    state.is_empty = true;
+    state.is_finished = false;
     some = {min_of(some.begin, panel.some.begin), max_of(some.end, panel.some.end)};
   }
 
@@ -171,6 +190,7 @@ inline void forward_rows(const ForwardPass& pass, const ForwardTask& task, float
   for (std::int32_t block = some.begin / pass.key_block; some.begin < some.end && block * pass.key_block < some.end; ++block) {
     if (!task.packed) pack_keys_values<Operand>(pass, unit, block, own_block);
     const BlockContext context = {&pass,
+                                  &task,
                                   task.packed ? task.packed + block * pass.packed_block_size : own_block,
                                   block * pass.key_block,
                                   {&problem, &inputs, &unit, scale, mask_rows, round_up(pass.key_block, lanes), nullptr},
@@ -191,9 +211,12 @@ inline void forward_rows(const ForwardPass& pass, const ForwardTask& task, float
       }
     }
   }
+  streams_end();
   for (int i = 0; i < panel_count; ++i) {
-    finish_panel(problem, *pass.outputs, unit, panels[i], states[i].softmax, task.row_begin + i * panel_rows, states[i].o,
-                 dims_v, task.partial);
+    const PanelState& state = states[i];
+    if (state.is_finished) continue;
+    if (state.is_empty) std::memset(state.o, 0, sizeof(float) * static_cast<std::size_t>(panels[i].width() * dims_v));
+    finish_panel(problem, *pass.outputs, unit, panels[i], state.softmax, state.first_row, state.o, dims_v, task.partial);
   }
 }
 

@@ -2,35 +2,49 @@
 #pragma once
 
 #include "cpu/matrix_tiles.h"
+#include "cpu/online_softmax.h"
 #include "cpu/staircase.h"
 
 namespace flash_attn::cpu::FA_LEVEL {
 namespace {
 
+// A panel's rows of O while a block of keys is added to them.
+struct RowsOfO {
+  float* sums;                // [rows][dims]
+  bool are_empty;             // no block came before: sums are not read
+  const ResultRows* results;  // where the rows go after the last block; null: they stay in sums
+};
+
 // O [rows][dims] = alpha O + P^T [key words][rows] V [dim panels][key words][dim_panel].
 template <class Operand, int N>
 inline void value_product(const float* p, const float* v, std::int64_t v_panel_stride, int panels_v, const float* alpha,
-                          const Staircase& steps, float* o) {
+                          const Staircase& steps, const RowsOfO& o) {
   constexpr int M = value_rows<N>;
   const int dims = panels_v * dim_panel;
   for (int panel = 0; panel < panels_v; ++panel) {
     for (int row = 0; row < N * lanes; row += M) {
       const KeyRange keys = steps.keys_of_rows(row, M);
       const int first = keys.begin / Operand::per_word;
-      float* tile = o + std::int64_t{row} * dims + panel * dim_panel;
-      Vec acc[M][dim_vectors];
+      float* sums = o.sums + std::int64_t{row} * dims + panel * dim_panel;
+      Vec acc[M][dim_vectors] = {};
+      if (!o.are_empty) {
 #pragma GCC unroll 16
-      for (int m = 0; m < M; ++m) {
+        for (int m = 0; m < M; ++m) {
 #pragma GCC unroll 4
-        for (int n = 0; n < dim_vectors; ++n) acc[m][n] = load(tile + m * dims + n * lanes) * alpha[row + m];
+          for (int n = 0; n < dim_vectors; ++n) acc[m][n] = load(sums + m * dims + n * lanes) * alpha[row + m];
+        }
       }
       matmul_tile<Operand, M, dim_vectors>(acc, p + first * N * lanes + row, 1, N * lanes,
                                            v + panel * v_panel_stride + first * dim_panel, dim_panel,
                                            words<Operand>(keys.end) - first);
 #pragma GCC unroll 16
       for (int m = 0; m < M; ++m) {
+        if (o.results) {
+          o.results->write(row + m, panel, acc[m]);
+        } else {
 #pragma GCC unroll 4
-        for (int n = 0; n < dim_vectors; ++n) store(tile + m * dims + n * lanes, acc[m][n]);
+          for (int n = 0; n < dim_vectors; ++n) store(sums + m * dims + n * lanes, acc[m][n]);
+        }
       }
     }
   }
@@ -40,6 +54,7 @@ template <class Operand>
 struct ForwardProducts {
   struct Unit {};  // what a thread holds while it multiplies
   static constexpr bool leaves_scale = false;
+  static constexpr bool leaves_results = true;  // in their place, see RowsOfO
 
   // S^T [keys][stride] = scale K [keys][dim words] Q^T [dim words][N vectors]. Scores of a tile's last keys may be of keys past
   // the end.
@@ -52,7 +67,7 @@ struct ForwardProducts {
   // O [rows][dims] = alpha O + P V, P [keys][N vectors] of which `keys` count, V [dim panels][key words][dim_panel]; P is lost.
   template <int N>
   static FA_INLINE void values(float* p, int keys, const float* v, std::int64_t v_panel_stride, int panels_v,
-                               const float* alpha, const Staircase& steps, float* o, float*) {
+                               const float* alpha, const Staircase& steps, const RowsOfO& o, float*) {
     const float* words_of_p = pack_along_keys<Operand>(p, N * lanes, keys, p);
     value_product<Operand, N>(words_of_p, v, v_panel_stride, panels_v, alpha, steps, o);
   }
@@ -80,6 +95,7 @@ inline void transpose_probabilities(const float* p, int keys, float* transposed,
 template <>
 struct ForwardProducts<MatrixOperand> {
   using Unit = MatrixUnit;
+  static constexpr bool leaves_results = false;
   static constexpr bool leaves_scale = true;  // tiles are stored as they are: who reads scores next scales them
   static_assert(lanes == matrix_tile && dim_panel == 2 * matrix_tile);
 
@@ -96,10 +112,12 @@ struct ForwardProducts<MatrixOperand> {
 
   template <int N>
   static inline void values(float* p, int keys, const float* v, std::int64_t v_panel_stride, int panels_v, const float* alpha,
-                            const Staircase&, float* o, float* scratch) {
+                            const Staircase&, const RowsOfO& rows, float* scratch) {
+    float* o = rows.sums;
     const int key_words = words<MatrixOperand>(keys);
     const std::int64_t dims = std::int64_t{panels_v} * dim_panel;
     transpose_probabilities<N>(p, keys, scratch, key_words);
+    if (rows.are_empty) std::memset(o, 0, sizeof(float) * static_cast<std::size_t>(N * lanes * dims));
     for (int row = 0; row < N * lanes; ++row) {
       if (alpha[row] != 1.0f) scale_row(o + row * dims, alpha[row], static_cast<int>(dims));  // the maximum rarely moves
     }

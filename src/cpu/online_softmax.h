@@ -58,17 +58,20 @@ inline void drop_probabilities(const AttentionProblem& problem, const AttentionI
   });
 }
 
-// What is left to do to a row of O, and its lse in log2 units. A row that saw nothing gives 0 and -inf.
-struct RowEnd {
-  float scale;
-  float lse_log2;
-};
+// What is left to do to the rows of O, and their lse in log2 units. A row that saw nothing gives 0 and -inf.
+struct RowEnds {
+  alignas(64) float scale[panel_rows];
+  alignas(64) float lse_log2[panel_rows];
 
-inline RowEnd end_of_row(const AttentionProblem& problem, const SoftmaxState& state, int lane) {
-  const float sum = state.l[lane];
-  if (sum == 0.0f) return {0.0f, -__builtin_inff()};
-  return {problem.dropout_scale / sum, state.m[lane] + __builtin_logf(sum) * log2_e};
-}
+  RowEnds(const AttentionProblem& problem, const RowPanel& panel, const SoftmaxState& state) {
+    for (int v = 0; v < panel.width(); v += lanes) {
+      const Vec l = load(state.l + v);
+      const IVec saw_nothing = l == Vec{};
+      store(scale + v, select(saw_nothing, Vec{}, problem.dropout_scale / l));
+      store(lse_log2 + v, select(saw_nothing, minus_infinity(), load(state.m + v) + log2_of(l)));
+    }
+  }
+};
 
 // A finished row, dims padded to whole vectors, to the caller's arrays.
 inline void write_result(const AttentionProblem& problem, const ForwardOutputs& outputs, const RowPanel& panel,
@@ -80,19 +83,63 @@ inline void write_result(const AttentionProblem& problem, const ForwardOutputs& 
 
 inline std::int64_t partial_row_size(const AttentionProblem& problem) { return round_up(problem.head_dim_v, lanes); }
 
+// Where a product leaves the finished rows of a panel, and what it multiplies them by.
+struct ResultRows {
+  float* row[panel_rows];
+  RowEnds ends;
+  bool are_streamed;  // see Tensor::streamed
+
+  // Results of whole panels of float32 side by side. Others take finish_panel.
+  static bool suit(const AttentionProblem& problem, const Tensor& out, const Partial& partial) {
+    return problem.head_dim_v % dim_panel == 0 && (partial.o || (out.dtype == DType::float32 && out.strides.dim == 1));
+  }
+
+  // And writes lse. `first_row` of its unit is the panel's first row. The lanes after the last row repeat it here too.
+  ResultRows(const AttentionProblem& problem, const ForwardOutputs& outputs, const Unit& unit, const RowPanel& panel,
+             const SoftmaxState& state, int first_row, const Partial& partial)
+      : ends(problem, panel, state), are_streamed(!partial.o) {
+    const std::int64_t size = partial_row_size(problem);
+    for (int lane = 0; lane < panel.width(); ++lane) {
+      if (partial.o) {
+        const int unit_row = first_row + min_of(lane, panel.rows - 1);
+        row[lane] = partial.o + unit_row * size;
+        partial.lse_log2[unit_row] = ends.lse_log2[lane];
+      } else {
+        row[lane] = static_cast<float*>(outputs.out.data) + panel.offset(unit, outputs.out.strides, lane);
+        outputs.lse[panel.offset(unit, outputs.lse_strides, lane)] = ends.lse_log2[lane] * ln_2;
+        are_streamed &= streams_row(outputs.out, reinterpret_cast<const char*>(row[lane]), problem.head_dim_v);
+      }
+    }
+  }
+
+  // A row's dims of one panel of them. Who wrote many rows ends with streams_end.
+  FA_INLINE void write(int lane, int dims, const Vec (&o)[dim_vectors]) const {
+    const Vec scale = splat(ends.scale[lane]);
+    float* p = row[lane] + dims * dim_panel;
+#pragma GCC unroll 4
+    for (int n = 0; n < dim_vectors; ++n, p += lanes) {
+      if (are_streamed) {
+        stream(reinterpret_cast<char*>(p), o[n] * scale);
+      } else {
+        store(p, o[n] * scale);
+      }
+    }
+  }
+};
+
 // O / l and lse of a panel, the first row of which is `row` of its unit: to the caller, or to a partial result.
 inline void finish_panel(const AttentionProblem& problem, const ForwardOutputs& outputs, const Unit& unit,
                          const RowPanel& panel, const SoftmaxState& state, int row, float* o, std::int64_t o_stride,
                          const Partial& partial) {
   const std::int64_t size = partial_row_size(problem);
+  const RowEnds ends(problem, panel, state);
   for (int lane = 0; lane < panel.rows; ++lane, o += o_stride) {
-    const RowEnd end = end_of_row(problem, state, lane);
-    scale_row(o, end.scale, static_cast<int>(size));
+    scale_row(o, ends.scale[lane], static_cast<int>(size));
     if (partial.o) {
       std::memcpy(partial.o + (row + lane) * size, o, static_cast<std::size_t>(size) * sizeof(float));
-      partial.lse_log2[row + lane] = end.lse_log2;
+      partial.lse_log2[row + lane] = ends.lse_log2[lane];
     } else {
-      write_result(problem, outputs, panel, unit, lane, o, end.lse_log2);
+      write_result(problem, outputs, panel, unit, lane, o, ends.lse_log2[lane]);
     }
   }
   streams_end();

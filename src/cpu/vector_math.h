@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cpu/tile.h"
+#include "semantics/softmax.h"
 
 namespace flash_attn::cpu::FA_LEVEL {
 namespace {
@@ -20,6 +21,22 @@ FA_INLINE Vec exp2_of(Vec x) {
   p = p * f + 1.0f;
   // A product, not an integer addition to the exponent: 2^-127 is built as 0, and NaN survives it.
   return p * from_bits((bits_of(shifted) << 23) + 0x3f800000);
+}
+
+// log2(x) for normal x > 0, within 2e-7 of the larger of the result and 1; inf and NaN stay. x is 2^e m with m within a factor
+// of sqrt(2) of 1, and log(m) the series of 2 atanh((m - 1) / (m + 1)).
+FA_INLINE Vec log2_of(Vec x) {
+  constexpr std::int32_t sqrt_half = 0x3f3504f3;
+  const IVec exponent = (bits_of(x) - sqrt_half) >> 23;
+  const Vec m = from_bits(bits_of(x) - (exponent << 23));
+  const Vec s = (m - 1.0f) / (m + 1.0f);
+  const Vec s2 = s * s;
+  Vec p = splat(2.0f / 9.0f * log2_e);
+  p = p * s2 + 2.0f / 7.0f * log2_e;
+  p = p * s2 + 2.0f / 5.0f * log2_e;
+  p = p * s2 + 2.0f / 3.0f * log2_e;
+  p = p * s2 + 2.0f * log2_e;
+  return select(is_finite(x), p * s + to_float(exponent), x);
 }
 
 // Rational approximation of degree 13 / 6 on [-7.905, 7.905] (Eigen's coefficients), 2.6e-7 relative; NaN stays NaN.
