@@ -6,7 +6,7 @@
 #include "flash_attn/kv_cache.h"
 #include "mlx/ops.h"
 #include "mlx/transforms.h"
-#include "ops/require.h"
+#include "ops/call/require.h"
 
 namespace flash_attn {
 namespace {
