@@ -93,10 +93,12 @@ void check_rotary(const AttentionProblem& problem, const mx::array& q, const Opt
   check_per_sequence(problem, "rotary_seqlens", optional.rotary_seqlens);
 }
 
-void require_in_range(const std::string& name, std::int64_t got, std::int64_t low, std::int64_t high, std::size_t batch,
-                      const std::string& meaning) {
+/// `meaning`: of the range; put together only for an error.
+template <class... Meaning>
+void require_in_range(const char* name, std::int64_t got, std::int64_t low, std::int64_t high, std::size_t batch,
+                      const Meaning&... meaning) {
   if (got < low || got > high) {
-    fail<std::invalid_argument>(name, text(got, " for sequence ", batch), text(low, " to ", high, ", ", meaning));
+    fail<std::invalid_argument>(name, text(got, " for sequence ", batch), text(low, " to ", high, ", ", meaning...));
   }
 }
 
@@ -218,9 +220,12 @@ void check_cache_values(const AttentionProblem& problem, const OptionalInputs& o
     }
     if (optional.seqused_k && !lengths) continue;
     const std::int64_t length = lengths ? lengths->at(batch) : capacity;
-    require_in_range(lengths_name, length, 0, capacity - new_keys, batch,
-                     new_keys > 0 ? text("so that ", new_keys, " new keys fit into the capacity of ", capacity)
-                                  : "the capacity of the cache");
+    if (new_keys > 0) {
+      require_in_range(lengths_name, length, 0, capacity - new_keys, batch, "so that ", new_keys,
+                       " new keys fit into the capacity of ", capacity);
+    } else {
+      require_in_range(lengths_name, length, 0, capacity, batch, "the capacity of the cache");
+    }
     if (leftpad) require_in_range("cache_leftpad", leftpad->at(batch), 0, length + new_keys, batch, "slots in use");
     if (rotary_seqlens) {
       require_in_range("rotary_seqlens", rotary_seqlens->at(batch), 0, problem.rotary_rows - new_keys, batch,
