@@ -35,6 +35,20 @@ void clear_unused_rows(const AttentionProblem& problem, const std::vector<Sequen
   });
 }
 
+// The units of each sequence in the order in which threads should take them, so that each thread goes from a head to its
+// neighbour: their rows lie side by side, and what the processor reads ahead of one's belongs to the other.
+std::vector<Unit> dealt_out(const std::vector<Unit>& units, int heads, int threads) {
+  const int share = (heads + threads - 1) / threads;
+  std::vector<Unit> dealt;
+  dealt.reserve(units.size());
+  for (auto sequence = units.begin(); sequence != units.end(); sequence += heads) {
+    for (int first = 0; first < share; ++first) {
+      for (int head = first; head < heads; head += share) dealt.push_back(sequence[head]);
+    }
+  }
+  return dealt;
+}
+
 std::int32_t rows_of_task(const Kernels& level) { return panels_per_task * level.panel_rows; }
 
 // Units whose rows are one task: it packs the keys it reads itself, in cache, since no other reads them. Runs of keys feed the
@@ -66,10 +80,10 @@ void forward(const AttentionProblem& problem, const AttentionInputs& inputs, con
   decode_sequences(level, {&problem, &inputs, &outputs}, threads, sequences);
   std::vector<Unit> short_units;
   std::copy_if(units.begin(), units.end(), std::back_inserter(short_units), is_short);
-  forward_short_units(level, pass, threads, short_units);
+  forward_short_units(level, pass, threads, dealt_out(short_units, problem.heads_k, threads));
   std::erase_if(units, is_short);
 
-  forward_packed_units(level, pass, threads, units);
+  forward_packed_units(level, pass, threads, dealt_out(units, problem.heads_k, threads));
 }
 
 }  // namespace flash_attn::cpu
