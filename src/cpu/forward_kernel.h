@@ -53,9 +53,8 @@ inline void pack_keys_values(const ForwardPass& pass, const Unit& unit, std::int
   const KeyBlock keys = {block * pass.key_block, pass.key_block};
   const KeyReader reader(problem, *pass.inputs, unit);
   pack_scored_rows<Operand>(problem, reader, keys, packed);
-  pack_panels<Operand>(
-      keys, problem.head_dim_v, packed + packed_keys_size(problem, pass.key_block),
-      [&](int key, float* row) { return reader.view_value(key, row); }, unchanged);
+  pack_value_panels<Operand>(reader, values_of(problem, *pass.inputs), unit, keys,
+                             packed + packed_keys_size(problem, pass.key_block));
 }
 
 // ---- a panel of rows
@@ -176,8 +175,8 @@ inline void forward_rows(const ForwardPass& pass, const ForwardTask& task, float
     fetch_queries(problem, inputs, unit, panel);
     state.q_transposed = take(std::int64_t{panel_rows} * row_floats(problem.scored_dims()));
     state.o = take(std::int64_t{panel_rows} * dims_v);
-    pack_transposed<Operand>(panel, problem.scored_dims(), state.q_transposed,
-                             [&](int lane, float* row) { return view_query(inputs, problem, unit, panel, lane, row); });
+    pack_transposed(panel, words<Operand>(problem.scored_dims()), state.q_transposed,
+                    [&](int lane, float* row) { return view_query_words<Operand>(inputs, problem, unit, panel, lane, row); });
     start_softmax(panel, task.is_first ? inputs.learnable_sink : nullptr, state.softmax);
     state.first_row = row;
     state.is_empty = true;

@@ -3,6 +3,7 @@
 
 #include "cpu/matrix_tiles.h"
 #include "cpu/online_softmax.h"
+#include "cpu/row_words.h"
 #include "cpu/staircase.h"
 
 namespace flash_attn::cpu::FA_LEVEL {

@@ -63,28 +63,15 @@ inline const float* view_query(const AttentionInputs& inputs, const AttentionPro
   return buffer;
 }
 
-// [dim words][width] = the panel's rows, transposed. view(lane, buffer) gives a row.
-template <class Operand, class View>
-inline void pack_transposed(const RowPanel& panel, int dim, float* packed, View view) {
+// [words][width] = the panel's rows, transposed. view(lane, buffer) gives a row of words.
+template <class View>
+inline void pack_transposed(const RowPanel& panel, int words, float* packed, View view) {
   float buffers[lanes][padded_head_dim];
   const float* rows[lanes];
   for (int v = 0; v < panel.vectors; ++v) {
-    for (int lane = 0; lane < lanes; ++lane) {
-      rows[lane] = view(v * lanes + lane, buffers[lane]);
-      if constexpr (Operand::per_word > 1) {
-        pack_row<Operand>(rows[lane], dim, buffers[lane]);
-        rows[lane] = buffers[lane];
-      }
-    }
-    visit_columns(rows, words<Operand>(dim), [&](int d, Vec column) { store(packed + d * panel.width() + v * lanes, column); });
+    for (int lane = 0; lane < lanes; ++lane) rows[lane] = view(v * lanes + lane, buffers[lane]);
+    visit_columns(rows, words, [&](int d, Vec column) { store(packed + d * panel.width() + v * lanes, column); });
   }
-}
-
-template <class Operand>
-inline void pack_transposed(const RowPanel& panel, const Unit& unit, const ConstTensor& tensor, int dim, float* packed) {
-  pack_transposed<Operand>(panel, dim, packed, [&](int lane, float* buffer) {
-    return view_row(tensor, panel.offset(unit, tensor.strides, lane), dim, buffer);
-  });
 }
 
 // The keys of a unit of one kv head, as a packed block reads them. A slot that no query of the sequence sees, or whose page

@@ -21,14 +21,25 @@ inline const float* view_words(const ConstTensor& tensor, std::int64_t offset, i
   if constexpr (Operand::per_word == 1) {
     return view_row(tensor, offset, dim, buffer);
   } else {
-    const auto* row = reinterpret_cast<const std::uint16_t*>(element(tensor.data, tensor.dtype, offset));
-    if (tensor.strides.dim == 1 && dim % dim_panel == 0) return reinterpret_cast<const float*>(row);
-    std::uint16_t values[padded_head_dim];
-    std::memset(values + dim, 0, sizeof(values[0]) * static_cast<std::size_t>(round_up(dim, dim_panel) - dim));
-    for (int d = 0; d < dim; ++d) values[d] = row[d * tensor.strides.dim];
-    std::memcpy(buffer, values, sizeof(float) * static_cast<std::size_t>(panel_words<Operand>(dim)));
+    if (tensor.dtype == DType::bfloat16 && tensor.strides.dim == 1 && dim % dim_panel == 0) {
+      return reinterpret_cast<const float*>(element(tensor.data, tensor.dtype, offset));
+    }
+    float values[padded_head_dim];
+    pack_row<Operand>(view_row(tensor, offset, dim, values), round_up(dim, dim_panel), buffer);
     return buffer;
   }
+}
+
+// The whole row that meets a key's.
+template <class Operand>
+inline const float* view_query_words(const AttentionInputs& inputs, const AttentionProblem& problem, const Unit& unit,
+                                     const RowPanel& panel, int lane, float* buffer) {
+  if (!problem.has_qv) {
+    return view_words<Operand>(inputs.q, panel.offset(unit, inputs.q.strides, lane), problem.head_dim, buffer);
+  }
+  const float* row = view_query(inputs, problem, unit, panel, lane, buffer);
+  if constexpr (Operand::per_word > 1) pack_row<Operand>(row, problem.scored_dims(), buffer);
+  return Operand::per_word > 1 ? buffer : row;
 }
 
 // A key's row of k or of v, zeros where KeyReader sees none.
@@ -55,6 +66,23 @@ FA_INLINE Vec word_of_rows(const float* const (&rows)[Operand::per_word], int di
     __builtin_memcpy(&low, reinterpret_cast<const char*>(rows[0]) + 2 * dim, sizeof(low));
     __builtin_memcpy(&high, reinterpret_cast<const char*>(rows[1]) + 2 * dim, sizeof(high));
     return reinterpret_cast<Vec>(__builtin_convertvector(low, UVec) | (__builtin_convertvector(high, UVec) << 16));
+  }
+}
+
+// [dim panels][key words][dim_panel] of v.
+template <class Operand>
+inline void pack_value_panels(const KeyReader& reader, const KeyTensor& values, const Unit& unit, KeyBlock keys,
+                              float* panels) {
+  const std::int64_t panel_stride = std::int64_t{words<Operand>(keys.size)} * dim_panel;
+  float buffers[Operand::per_word][padded_head_dim];
+  for (int key = 0; key < keys.size; key += Operand::per_word, panels += dim_panel) {
+    const float* rows[Operand::per_word];
+    for (int i = 0; i < Operand::per_word; ++i) {
+      rows[i] = view_words<Operand>(reader, values, unit, keys.begin + key + i, buffers[i]);
+    }
+    for (int d = 0; d < round_up(values.dim, dim_panel); d += lanes) {
+      store(panels + d / dim_panel * panel_stride + d % dim_panel, word_of_rows<Operand>(rows, d));
+    }
   }
 }
 
