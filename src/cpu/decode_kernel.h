@@ -68,15 +68,19 @@ struct DecodeState {
   }
 };
 
+// In the order in which keys of `key_dtype` are read.
+template <DType key_dtype>
 inline void read_queries(const ConstTensor& tensor, const RowPanel& panel, const Unit& unit, int dim, std::int64_t stride,
                          float* rows) {
   for (int lane = 0; lane < panel.rows; ++lane, rows += stride) {
     const std::int64_t offset = panel.offset(unit, tensor.strides, lane);
     read_row(tensor.dtype, element(tensor.data, tensor.dtype, offset), tensor.strides.dim, dim, rows);
+    pair_dims<key_dtype>(rows, dim);
     std::memset(rows + dim, 0, static_cast<std::size_t>(stride - dim) * sizeof(float));
   }
 }
 
+template <DType k_dtype, DType v_dtype>
 inline void start_rows(const DecodePass& pass, const DecodeTask& task, DecodeState& state) {
   const AttentionProblem& problem = *pass.problem;
   const AttentionInputs& inputs = *pass.inputs;
@@ -86,9 +90,10 @@ inline void start_rows(const DecodePass& pass, const DecodeTask& task, DecodeSta
     RowPanel& panel = state.panels[i];
     panel = RowPanel(problem, inputs, unit, row, state.sizes.rows);
     start_softmax(panel, task.is_first ? inputs.learnable_sink : nullptr, state.softmax[i]);
-    read_queries(inputs.q, panel, unit, problem.head_dim, state.sizes.q_stride, state.q + row * state.sizes.q_stride);
+    read_queries<k_dtype>(inputs.q, panel, unit, problem.head_dim, state.sizes.q_stride, state.q + row * state.sizes.q_stride);
     if (problem.has_qv) {
-      read_queries(inputs.qv, panel, unit, problem.head_dim_v, state.sizes.qv_stride, state.qv + row * state.sizes.qv_stride);
+      read_queries<v_dtype>(inputs.qv, panel, unit, problem.head_dim_v, state.sizes.qv_stride,
+                            state.qv + row * state.sizes.qv_stride);
     }
   }
 }
@@ -229,7 +234,11 @@ inline void value_block(const DecodePass& pass, const Unit& unit, const KeySlots
   });
 }
 
+template <DType v_dtype>
 inline void finish_rows(const DecodePass& pass, const DecodeTask& task, DecodeState& state) {
+  for (int row = 0; row < state.sizes.rows; ++row) {
+    unpair_dims<v_dtype>(state.o + row * state.sizes.o_stride, pass.problem->head_dim_v);
+  }
   for (int i = 0; i < state.panel_count; ++i) {
     finish_panel(*pass.problem, *pass.outputs, *task.unit, state.panels[i], state.softmax[i], i * panel_rows,
                  state.o + i * panel_rows * state.sizes.o_stride, state.sizes.o_stride, task.partial);
@@ -241,7 +250,7 @@ inline void decode_rows(const DecodePass& pass, const DecodeTask& task, float* s
   const Unit& unit = *task.unit;
   const ScoreSteps steps(*pass.problem, *pass.inputs);
   DecodeState state(pass, task, scratch);
-  start_rows(pass, task, state);
+  start_rows<k_dtype, v_dtype>(pass, task, state);
   KeySlots blocks[2];
   blocks[0] = KeySlots(pass, unit, task.keys.begin, min_of(decode_block, task.keys.end - task.keys.begin));
   for (int i = 0; blocks[i].count > 0; i = 1 - i) {
@@ -253,7 +262,7 @@ inline void decode_rows(const DecodePass& pass, const DecodeTask& task, float* s
     softmax_block(pass, unit, keys, steps, state);
     value_block<v_dtype>(pass, unit, keys, next.count > 0 ? next : keys, state);
   }
-  finish_rows(pass, task, state);
+  finish_rows<v_dtype>(pass, task, state);
 }
 
 // Of the dtypes of a cache, only the two with MLX's codes may be mixed.

@@ -39,6 +39,18 @@ FA_INLINE void add_dots(const KeyRow<dtype>* keys, const char* const* ahead, con
   };
   Vec k[K];
   int d = 0;
+  if constexpr (paired_dims<dtype>(2 * lanes) > 0) {
+    for (; d < paired_dims<dtype>(dim); d += 2 * lanes) {
+      unroll<2>([&](auto odd) {
+#pragma GCC unroll 8
+        for (int i = 0; i < K; ++i) {
+          k[i] = keys[i].template load_pair<odd>(d);
+          if (!odd) __builtin_prefetch(ahead[i] + row_bytes<dtype>(d));
+        }
+        add(d + odd * lanes, k);
+      });
+    }
+  }
   for (; d + lanes <= dim; d += lanes) {
 #pragma GCC unroll 8
     for (int i = 0; i < K; ++i) {
@@ -121,14 +133,15 @@ FA_INLINE void add_values_tile(const KeyRow<dtype>* values, const char* const* a
   }
   for (int key = 0; key < keys; ++key) {
     Vec v[W];
-#pragma GCC unroll 4
-    for (int w = 0; w < W; ++w) {
-      if constexpr (KeyRow<dtype>::has_tail) {
+    unroll<W>([&](auto w) {
+      if constexpr (paired_dims<dtype>(W * lanes) > 0) {
+        v[w] = values[key].template load_pair<w % 2>(d + w / 2 * 2 * lanes);
+      } else if constexpr (KeyRow<dtype>::has_tail) {
         v[w] = tail > 0 ? values[key].load_tail(d, tail) : values[key].load(d + w * lanes);
       } else {
         v[w] = values[key].load(d + w * lanes);
       }
-    }
+    });
     const char* row_ahead = ahead[key] + row_bytes<dtype>(d);
     for (int byte = 0; byte < row_bytes<dtype>(W * lanes); byte += cache_line) __builtin_prefetch(row_ahead + byte);
     const float factor = values[key].factor();
@@ -152,6 +165,9 @@ inline void add_values(const KeyRow<dtype>* values, const char* const* ahead, in
   int d = 0;
   for (; d + value_vectors * lanes <= dim; d += value_vectors * lanes) {
     add_values_tile<dtype, M, value_vectors>(values, ahead, keys, p, p_stride, rescale, d, 0, o, o_stride);
+  }
+  for (; d < paired_dims<dtype>(dim); d += 2 * lanes) {
+    add_values_tile<dtype, M, 2>(values, ahead, keys, p, p_stride, rescale, d, 0, o, o_stride);
   }
   for (; d < dim; d += lanes) {
     add_values_tile<dtype, M, 1>(values, ahead, keys, p, p_stride, rescale, d, d + lanes <= dim ? 0 : dim - d, o, o_stride);
