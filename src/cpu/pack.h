@@ -31,8 +31,6 @@ inline void scatter_to_panels(const float* const (&rows)[Operand::per_word], int
   }
 }
 
-constexpr auto unchanged = [](Vec x) { return x; };
-
 // Keys of a unit's sequence, from position `begin` on.
 struct KeyBlock {
   std::int32_t begin;
@@ -144,16 +142,7 @@ class KeyReader {
   KeyRange seen_;
 };
 
-// [keys][dim words]. view(key, buffer) gives a row.
-template <class Operand, class View>
-inline void pack_rows(KeyBlock keys, int dim, float* packed, View view) {
-  float row[padded_head_dim];
-  for (int i = 0; i < keys.size; ++i) {
-    pack_row<Operand>(view(keys.begin + i, row), dim, packed + std::int64_t{i} * words<Operand>(dim));
-  }
-}
-
-// [dim panels][key words][dim_panel], each value through `change` first.
+// [dim panels][key words][dim_panel], each value through `change` first. view(key, buffer) gives a row.
 template <class Operand, class View, class Change>
 inline void pack_panels(KeyBlock keys, int dim, float* packed, View view, Change change) {
   float buffers[Operand::per_word][padded_head_dim];
