@@ -10,7 +10,7 @@ namespace {
 // every sum.
 template <class Operand>
 inline std::int32_t key_block_size(const AttentionProblem& problem) {
-  if (Operand::word_granule > 1) return 256;  // a chip with matrix tiles has 2 MiB
+  if (Operand::word_granule > 1) return 256;        // a chip with matrix tiles has 2 MiB
   constexpr std::int32_t cache_floats = 96 * 1024;  // of 512 KiB
   constexpr std::int32_t granule = 24;
   const std::int32_t fits = cache_floats / (3 * problem.head_dim + 2 * problem.head_dim_v);
