@@ -99,14 +99,7 @@ inline void attend(const BlockContext& block, const RowPanel& panel, PanelState&
   staircase.add(panel, tile.key_begin, tile.keys);
   Products::template scores<N>(k, dim_words, state.q_transposed, tile.keys, block.scores.scale.query, staircase, tile.scores,
                                tile.stride);
-  float scale_left = 1.0f;
-  if constexpr (Products::leaves_scale) {
-    scale_left = block.scores.scale.query;
-    if (block.steps->change_scores() || !(scale_left > 0.0f)) {
-      for_each_score(panel, tile, [&](Vec s, int, int) { return s * scale_left; });
-      scale_left = 1.0f;
-    }
-  }
+  const float scale_left = leave_scale<Products>(*block.steps, panel, tile, block.scores.scale.query);
   block.steps->apply(block.scores, panel, tile);
   softmax_tile<N>(tile, state.softmax, alpha, scale_left);
   if (problem.has_dropout) drop_probabilities(problem, *block.pass->inputs, panel, tile);
@@ -137,17 +130,6 @@ inline std::int64_t forward_scratch_size(const ForwardPass& pass) {
   return mask_rows + 2 * tile + task_panels * panel_rows * (dim + dims_v) + pass.packed_block_size;
 }
 
-// Queries of a head lie far apart: all are asked for before the first is read.
-inline void fetch_queries(const AttentionProblem& problem, const AttentionInputs& inputs, const Unit& unit,
-                          const RowPanel& panel) {
-  constexpr int cache_line = 64;
-  const std::int64_t bytes = problem.head_dim * size_of(inputs.q.dtype);
-  for (int lane = 0; lane < panel.rows; ++lane) {
-    const char* row = element(inputs.q.data, inputs.q.dtype, panel.offset(unit, inputs.q.strides, lane));
-    for (std::int64_t byte = 0; byte < bytes; byte += cache_line) __builtin_prefetch(row + byte);
-  }
-}
-
 template <class Operand>
 inline void forward_rows(const ForwardPass& pass, const ForwardTask& task, float* scratch) {
   const AttentionProblem& problem = *pass.problem;
@@ -172,7 +154,7 @@ inline void forward_rows(const ForwardPass& pass, const ForwardTask& task, float
     RowPanel& panel = panels[panel_count];
     PanelState& state = states[panel_count];
     panel = RowPanel(problem, inputs, unit, row, task.row_end);
-    fetch_queries(problem, inputs, unit, panel);
+    fetch_rows(inputs.q, unit, panel, problem.head_dim);
     state.q_transposed = take(std::int64_t{panel_rows} * row_floats(problem.scored_dims()));
     state.o = take(std::int64_t{panel_rows} * dims_v);
     pack_transposed(panel, words<Operand>(problem.scored_dims()), state.q_transposed,

@@ -80,14 +80,7 @@ inline void panel_gradients(const GradientContext<Operand>& context, const Block
                                  s.scores, s.stride);
     Products::template scores<N>(pair, column, buffers.v_rows + std::int64_t{key} * dim_v_words, dim_v_words, dout, count, 1.0f,
                                  tile.gradients, s.stride);
-    float scale_left = 1.0f;
-    if constexpr (Products::leaves_scale) {
-      scale_left = scale.query;
-      if (context.steps.change_scores() || !(scale_left > 0.0f)) {
-        for_each_score(panel, s, [&](Vec x, int, int) { return x * scale_left; });
-        scale_left = 1.0f;
-      }
-    }
+    const float scale_left = leave_scale<Products>(context.steps, panel, s, scale.query);
     context.steps.apply({pass.problem, pass.inputs, nullptr, scale, buffers.mask_rows, pair.keys.size, tile.softcap_derivative},
                         panel, s);
     gradient_tile(pass, panel, pair.rows.lse_log2 + column, pair.rows.delta + column, scale_left, tile);

@@ -48,6 +48,15 @@ inline const float* view_row(const ConstTensor& tensor, std::int64_t offset, int
   return buffer;
 }
 
+// Rows of a head lie far apart: all are asked for before the first is read.
+inline void fetch_rows(const ConstTensor& tensor, const Unit& unit, const RowPanel& panel, int dim) {
+  const std::int64_t bytes = dim * size_of(tensor.dtype);
+  for (int lane = 0; lane < panel.rows; ++lane) {
+    const char* row = element(tensor.data, tensor.dtype, panel.offset(unit, tensor.strides, lane));
+    for (std::int64_t byte = 0; byte < bytes; byte += cache_line) __builtin_prefetch(row + byte);
+  }
+}
+
 // The whole row that meets a key's: q, then qv where a call has it.
 inline const float* view_query(const AttentionInputs& inputs, const AttentionProblem& problem, const Unit& unit,
                                const RowPanel& panel, int lane, float* buffer) {

@@ -9,7 +9,6 @@ namespace {
 
 // Whole lines only: half a line that goes past the caches costs more than one that is read first.
 inline bool streams_row(const Tensor& tensor, const char* destination, int n) {
-  constexpr std::int64_t cache_line = 64;
   return tensor.streamed && tensor.strides.dim == 1 && n * size_of(tensor.dtype) % cache_line == 0 &&
          reinterpret_cast<std::uintptr_t>(destination) % cache_line == 0;
 }

@@ -96,16 +96,6 @@ inline void prepare_statistics(const BackwardPass& pass, const Unit& unit, const
   }
 }
 
-// Rows of a head lie far apart: all are asked for before the first is read.
-inline void fetch_rows(const ConstTensor& tensor, const Unit& unit, const RowPanel& panel, int dim) {
-  constexpr int cache_line = 64;
-  const std::int64_t bytes = dim * size_of(tensor.dtype);
-  for (int lane = 0; lane < panel.rows; ++lane) {
-    const char* row = element(tensor.data, tensor.dtype, panel.offset(unit, tensor.strides, lane));
-    for (std::int64_t byte = 0; byte < bytes; byte += cache_line) __builtin_prefetch(row + byte);
-  }
-}
-
 template <class Operand>
 inline void prepare_rows(const BackwardPass& pass, const Unit& unit, std::int32_t row_begin, float* memory) {
   const AttentionProblem& problem = *pass.problem;

@@ -9,7 +9,6 @@ namespace flash_attn::cpu::FA_LEVEL {
 namespace {
 
 constexpr int tile_rows = 4;
-constexpr int cache_line = 64;  // bytes
 
 // Keys of a tile of M rows: M * dot_keys accumulators and as many vectors of K leave a register for Q.
 template <int M>

@@ -199,5 +199,16 @@ FA_INLINE void visit_dropout(const AttentionProblem& problem, const std::uint32_
   }
 }
 
+// What is left to multiply scores by. A product that stores its tiles as they are leaves `scale` to the softmax, unless a step
+// changes scores or scaling would turn their order round.
+template <class Products>
+inline float leave_scale(const ScoreSteps& steps, const RowPanel& panel, const ScoreTile& tile, float scale) {
+  if constexpr (Products::leaves_scale) {
+    if (!steps.change_scores() && scale > 0.0f) return scale;
+    for_each_score(panel, tile, [&](Vec s, int, int) { return s * scale; });
+  }
+  return 1.0f;
+}
+
 }  // namespace
 }  // namespace flash_attn::cpu::FA_LEVEL

@@ -22,6 +22,7 @@ namespace flash_attn::cpu::FA_LEVEL {
 namespace {
 
 constexpr int lanes = FA_VECTOR_BYTES / 4;
+constexpr int cache_line = 64;  // bytes
 
 using Vec = float __attribute__((vector_size(FA_VECTOR_BYTES)));
 using IVec = std::int32_t __attribute__((vector_size(FA_VECTOR_BYTES)));

@@ -26,7 +26,7 @@ inline OptionalInputs with_contiguous_vectors(OptionalInputs optional, mx::Strea
   return optional;
 }
 
-/// At the begin of a cache line, where MLX's own memory begins a few bytes after one: rows are then written in whole lines.
+/// At the beginning of a cache line, where MLX's own memory begins a few bytes after one: rows are then written in whole lines.
 inline void allocate(mx::array& output) {
   constexpr std::size_t line = 64;
   output.set_data(mx::allocator::malloc(output.nbytes() + line));
