@@ -188,7 +188,7 @@ def run_sweep(args: argparse.Namespace, console: Console, core: Any) -> int:
     report.print_cases(console, [row for row in results.cases if row["section"] not in ("features", "pairs")])
     report.print_features(console, results.cases)
     if results.decode:
-        report.print_decode(console, results.decode, ceilings)
+        report.print_decode(console, results.decode)
     for line in [report.paged_line(row) for row in results.paged]:
         console.print(line, soft_wrap=True)
     if results.append_us:

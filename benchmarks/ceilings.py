@@ -31,6 +31,27 @@ def build() -> Path:
     return ROOT / "build" / "benchmarks" / "benchmarks" / "flash_attn_ceilings"
 
 
+class Reading:
+    """A loop that only reads so many bytes of memory a call, in a process that times it: what a call that reads them as well
+    can take turns with. Memory shared with neighbours is twice as fast at some moments as at others."""
+
+    def __init__(self, command: list[str]) -> None:
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.gbs = 0.0  # the best so far
+
+    def __call__(self) -> None:
+        assert self._process.stdin and self._process.stdout
+        self._process.stdin.write("\n")
+        self._process.stdin.flush()
+        self.gbs = max(self.gbs, float(self._process.stdout.readline()))
+
+    def __enter__(self) -> Reading:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.communicate()  # the end of its input ends it
+
+
 @dataclass
 class Ceilings:
     """Maxima over all measurements of a run: a neighbour on the machine can only lower one."""
@@ -59,6 +80,9 @@ class Ceilings:
     def measure_threads(self, threads: int) -> None:
         found = self._run(threads, ["--no-read", "--level", self._vectors])
         self.few_threads[threads] = max(found["gflops"][self._vectors], self.few_threads.get(threads, 0.0))
+
+    def reading(self, nbytes: int) -> Reading:
+        return Reading([str(self.program), "--threads", str(self.threads), "--bursts-of", str(nbytes)])
 
     def _run(self, threads: int, options: list[str]) -> dict[str, Any]:
         command = [str(self.program), "--threads", str(threads), *options]

@@ -4,7 +4,7 @@ appending a token costs."""
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -14,6 +14,7 @@ from attention import prepared_by
 from cache_pool import CachePool
 from case import INT8, DecodeCase
 from cases import PAGE_SIZES, decode_cases
+from ceilings import Reading
 from peers.base import Peer
 from peers.ours import paged_decode
 from timing import Call, Timing, first_run, interleave, median_ratio
@@ -41,25 +42,31 @@ def pools(dtypes: Collection[str], least_bytes: int) -> Iterator[tuple[CachePool
 
 
 def run_decode(
-    pool: CachePool, yardstick: CachePool | None, peers: dict[str, Peer], chosen: Collection[str], iters: int
-) -> Iterator[tuple[list[Row], dict[str, str]]]:
-    """Case by case its rows, ours first, and by peer why it has none."""
+    pool: CachePool, yardstick: CachePool | None, peers: dict[str, Peer], chosen: Collection[str], iters: int,
+    reading: Callable[[int], Reading],
+) -> Iterator[tuple[list[Row], dict[str, str]]]:  # fmt: skip
+    """Case by case its rows, ours first, and by peer why it has none. A loop that reads as many bytes takes turns with them."""
     for case in decode_cases(pool.dtype):
-        yield _run_case(case, pool, yardstick, peers, chosen, iters)
+        with reading(case.tokens * pool.bytes_a_token) as read:
+            yield _run_case(case, pool, yardstick, peers, chosen, iters, read)
 
 
 def _run_case(
-    case: DecodeCase, pool: CachePool, yardstick: CachePool | None, peers: dict[str, Peer], chosen: Collection[str], iters: int
-) -> tuple[list[Row], dict[str, str]]:
+    case: DecodeCase, pool: CachePool, yardstick: CachePool | None, peers: dict[str, Peer], chosen: Collection[str], iters: int,
+    read: Reading,
+) -> tuple[list[Row], dict[str, str]]:  # fmt: skip
     turn = itertools.count()  # of all implementations: none finds in L3 what another has just read
     ours = peers["ours"]
     lists = {"ours": ours.decode(case, pool)}
     if yardstick:
         lists["yardstick"] = ours.decode(replace(case, dtype=yardstick.dtype), yardstick)
     others, missing = prepared_by([peers[name] for name in chosen], case, lambda peer: peer.decode(case, pool))
-    timings = _time({name: _rotating(turn, calls) for name, calls in (lists | others).items()}, case.in_cache, chosen, iters)
+    calls: dict[str, Call] = {name: _rotating(turn, calls) for name, calls in (lists | others).items()}
+    timings = _time(calls | {"read": read}, case.in_cache, chosen, iters)
+    timings.pop("read")  # with what it takes to ask another process
     base = timings.pop("yardstick", None)
-    rows = [_row(case, name, timing, case.tokens * pool.bytes_a_token) for name, timing in timings.items()]
+    nbytes = case.tokens * pool.bytes_a_token
+    rows = [_row(case, name, timing, nbytes) | {"read_gbs": read.gbs} for name, timing in timings.items()]
     if base and yardstick:
         rows[0][f"times_{yardstick.dtype}"] = base.seconds / timings["ours"].seconds
     return rows, missing

@@ -96,10 +96,11 @@ def decode_table(rows: list[Row], verdicts: Verdicts) -> str:
     cells = []
     for ours, peers in groups(rows):
         what = f"decode {ours['label']}"
+        rates = [f"{ours[rate]:.1f}" for rate in ("gbs", "read_gbs")]
         shares = [f"{ours[share]:.2f}" for share in ("of_read", "of_fma")]
         judged = [verdicts.cell(what), *_peer_cells(ours, peers), verdicts.cell(what, ahead=True)]
-        cells.append([ours["label"], _milliseconds(ours), f"{ours['gbs']:.1f}", *shares, *judged])
-    return table(("case", "ours, ms", "GB/s", "of read", "of FMA", "need", "fastest peer, ms", "ahead", "need"), cells)
+        cells.append([ours["label"], _milliseconds(ours), *rates, *shares, *judged])
+    return table(("case", "ours, ms", "GB/s", "read, GB/s", "of read", "of FMA", "need", "fastest peer, ms", "ahead", "need"), cells)
 
 
 def paged_table(rows: list[Row]) -> str:

@@ -112,7 +112,9 @@ class Sweep:
     def _caches(self, others: list[str]) -> Iterator[str]:
         for pool, yardstick in decode.pools(DECODE_DTYPES, self.ceilings.read_bytes):
             if "decode" in others:
-                for rows, missing in decode.run_decode(pool, yardstick, self.peers, self.chosen, self.iters):
+                for rows, missing in decode.run_decode(
+                    pool, yardstick, self.peers, self.chosen, self.iters, self.ceilings.reading
+                ):
                     self.results.decode += rows
                     self._note(missing)
                     yield report.decode_line(rows)
@@ -149,7 +151,7 @@ class Sweep:
         for row in results.cases:
             row["of_ceiling"] = row["gflops"] / ceilings.by_name(row["ceiling"])
         for row in results.decode:
-            row["of_read"] = row["gbs"] / ceilings.read_gbs
+            row["of_read"] = row["gbs"] / row["read_gbs"]
             row["of_fma"] = row["gflops"] / ceilings.fma_gflops
         few = ceilings.few_threads
         return [

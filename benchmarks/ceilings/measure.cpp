@@ -8,8 +8,7 @@
 #include <algorithm>
 #include <barrier>
 #include <chrono>
-#include <cstdlib>
-#include <memory>
+#include <new>
 #include <thread>
 
 #include "cpu/matrix_unit.h"
@@ -67,10 +66,6 @@ double best_rate(int threads, int bursts, Burst burst) {
   return best;
 }
 
-struct FreeMemory {
-  void operator()(float* data) const { std::free(data); }
-};
-
 /// 0 where the system does not tell.
 std::int64_t last_level_cache_bytes() {
 #if defined(_SC_LEVEL3_CACHE_SIZE)
@@ -99,24 +94,6 @@ std::int64_t bytes_beyond_any_cache() {
 
 constexpr std::int64_t chunk = 1024;  // floats; every thread's share of a burst is a whole number of them
 
-/// Each burst reads the next of `parts`, so that all the others lie between two reads of one.
-ReadRate read_rate(const Level& level, int threads, std::int64_t burst_bytes, int parts, int bursts) {
-  const std::int64_t share = burst_bytes / static_cast<std::int64_t>(sizeof(float)) / threads / chunk * chunk;
-  const std::int64_t count = share * threads * parts;
-  const std::int64_t bytes = count * static_cast<std::int64_t>(sizeof(float));
-  const std::unique_ptr<float, FreeMemory> data(static_cast<float*>(std::aligned_alloc(64, bytes)));
-  if (!data) return {0.0, 0};
-  std::fill_n(data.get(), count, 1.0f);
-  std::vector<float> sums(threads);
-  const double rate = best_rate(threads, bursts, [&](int thread, int i) {
-    sums[thread] = level.read(data.get() + (i % parts * threads + thread) * share, share);
-    return static_cast<double>(share) * sizeof(float);
-  });
-  volatile float used = 0.0f;
-  for (float sum : sums) used = used + sum;
-  return {rate * 1e-9, bytes};
-}
-
 }  // namespace
 
 std::vector<const Level*> runnable_levels() {
@@ -140,16 +117,43 @@ double multiply_add_gflops(const Level& level, int threads) {
   return best_rate(threads, 12, [&](int, int) { return level.multiply_add(steps_of_a_few_milliseconds); }) * 1e-9;
 }
 
+ReadWalk::ReadWalk(const Level& level, int threads, std::int64_t burst_bytes, int parts)
+    : level_(level),
+      threads_(threads),
+      share_(std::max<std::int64_t>(1, burst_bytes / static_cast<std::int64_t>(sizeof(float)) / threads / chunk) * chunk),
+      parts_(parts),
+      data_(static_cast<float*>(std::aligned_alloc(64, bytes()))) {
+  if (!data_) throw std::bad_alloc();
+  std::fill_n(data_.get(), bytes() / static_cast<std::int64_t>(sizeof(float)), 1.0f);
+}
+
+double ReadWalk::best_gigabytes_per_second(int bursts) {
+  std::vector<float> sums(threads_);
+  const double rate = best_rate(threads_, bursts, [&](int thread, int i) {
+    sums[thread] = level_.read(data_.get() + ((next_ + i) % parts_ * threads_ + thread) * share_, share_);
+    return static_cast<double>(share_) * sizeof(float);
+  });
+  next_ = (next_ + bursts) % parts_;
+  volatile float used = 0.0f;
+  for (float sum : sums) used = used + sum;
+  return rate * 1e-9;
+}
+
+ReadWalk memory_walk(const Level& level, int threads, std::int64_t burst_bytes) {
+  return {level, threads, burst_bytes, static_cast<int>(std::max<std::int64_t>(1, bytes_beyond_any_cache() / burst_bytes))};
+}
+
 ReadRate memory_read_rate(const Level& level, int threads) {
-  constexpr std::int64_t burst_bytes = 32 << 20;  // a millisecond or two, as the shortest call compared with this
+  constexpr std::int64_t burst_bytes = 32 << 20;  // a millisecond or two
   constexpr int passes = 5;
-  const auto parts = static_cast<int>(std::max<std::int64_t>(1, bytes_beyond_any_cache() / burst_bytes));
-  return read_rate(level, threads, burst_bytes, parts, passes * parts);
+  ReadWalk walk = memory_walk(level, threads, burst_bytes);
+  return {walk.best_gigabytes_per_second(passes * static_cast<int>(walk.bytes() / burst_bytes)), walk.bytes()};
 }
 
 ReadRate cache_read_rate(const Level& level, int threads) {
   constexpr int bursts = 200;
-  return read_rate(level, threads, 4 * second_level_cache_bytes() * threads, 1, bursts);
+  ReadWalk walk(level, threads, 4 * second_level_cache_bytes() * threads, 1);
+  return {walk.best_gigabytes_per_second(bursts), walk.bytes()};
 }
 
 }  // namespace flash_attn::ceilings

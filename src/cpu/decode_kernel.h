@@ -10,12 +10,12 @@
 #include "cpu/online_softmax.h"
 #include "cpu/pack.h"
 #include "cpu/row_dots.h"
+#include "cpu/row_values.h"
 
 namespace flash_attn::cpu::FA_LEVEL {
 namespace {
 
 constexpr int decode_block = 16 * walk_keys;  // keys: P of a block stays in L1
-constexpr int bytes_ahead = 1024;             // of each row that is read, what is asked for
 constexpr int max_decode_panels = (max_decode_rows + panel_rows - 1) / panel_rows;
 
 struct DecodeSizes {
@@ -137,29 +137,37 @@ struct StreamRows {
   }
 };
 
+// The first lines of a block: it may begin in other pages of memory, whose addresses take time to find.
+inline void ask_for_block(const Unit& unit, const KeyTensor& source, const KeySlots& keys) {
+  for (const char* row : StreamRows(source, keys, 0, unit.kv_head).of_first_head) ask_for(row);
+}
+
 // visit(step, head, rows, ahead) for all rows of a block, the heads of one step after the other. `ahead` is what the visitor
 // asks for while it reads `rows`, a line for every line: the same streams, `bytes_ahead` on, then the first step of `next`. At
 // this steady rate memory works while the arithmetic does; in bursts, or without, it waits (docs/performance.md).
 template <DType dtype, class Visit>
 FA_INLINE void walk(const Unit& unit, const KeyTensor& source, const KeySlots& keys, const KeyTensor& next_source,
                     const KeySlots& next_keys, Visit visit) {
-  const int heads_ahead = clamp_to(bytes_ahead / max_of(1, row_bytes<dtype>(source.dim)), 1, unit.kv_heads);
+  const auto bytes = static_cast<int>(row_bytes<dtype>(source.dim));
+  const int heads_ahead = clamp_to(bytes_ahead / max_of(1, bytes), 1, unit.kv_heads);
   for (int step = 0; step < keys.steps; ++step) {
+    if (step == keys.steps - 4) ask_for_block(unit, next_source, next_keys);
     const StreamRows here(source, keys, step, unit.kv_head);
     const StreamRows next = step + 1 < keys.steps ? StreamRows(source, keys, step + 1, unit.kv_head)
                                                   : StreamRows(next_source, next_keys, 0, unit.kv_head);
+    KeyRow<dtype> rows[walk_keys];
+    for (int i = 0; i < walk_keys; ++i) rows[i] = KeyRow<dtype>(source, keys.slot(step, i), unit.kv_head);
     for (int head = 0; head < unit.kv_heads; ++head) {
       const int head_ahead = head + heads_ahead;
       const bool is_here = head_ahead < unit.kv_heads;
       const StreamRows& place = is_here ? here : next;
       const std::int64_t offset = (is_here ? head_ahead : head_ahead - unit.kv_heads) * place.head_bytes;
-      KeyRow<dtype> rows[walk_keys];
       const char* ahead[walk_keys];
-      for (int i = 0; i < walk_keys; ++i) {
-        rows[i] = KeyRow<dtype>(source, keys.slot(step, i), unit.kv_head + head);
-        ahead[i] = place.of_first_head[i] + offset;
-      }
+      for (int i = 0; i < walk_keys; ++i) ahead[i] = place.of_first_head[i] + offset;
       visit(step, head, rows, ahead);
+      if (head + 1 < unit.kv_heads) {
+        for (int i = 0; i < walk_keys; ++i) rows[i].next_head();
+      }
     }
   }
 }

@@ -3,6 +3,7 @@
 
 #include "cpu/convert.h"
 #include "cpu/key_slot.h"
+#include "cpu/paired_dims.h"
 #include "semantics/quantization.h"
 
 namespace flash_attn::cpu::FA_LEVEL {
@@ -30,36 +31,16 @@ inline const char* first_element(const KeyTensor& source, KeySlot slot, std::int
   return slot.exists() ? element(tensor.data, tensor.dtype, slot.offset(tensor.strides, head)) : zero_row;
 }
 
+// Bytes from a head's row to the next head's; a page that does not exist is the same row for all.
+inline std::int64_t head_step(const KeyTensor& source, KeySlot slot) {
+  return slot.exists() ? source.tensor->strides.head * size_of(source.tensor->dtype) : 0;
+}
+
 template <DType dtype>
-constexpr int row_bytes(int dim) {
+constexpr std::int64_t row_bytes(std::int64_t dim) {
   if (dtype == DType::affine4) return dim / 2;
   if (dtype == DType::affine8 || dtype == DType::int8) return dim;
   return dtype == DType::float32 ? dim * 4 : dim * 2;
-}
-
-// Dims of a row, from the first one on, that are read in pairs of vectors: of 2 * lanes bfloat16 the even ones, then the odd
-// ones. A shift and a mask make float32 of them, where widening them in order takes twice as many instructions.
-template <DType dtype>
-constexpr int paired_dims(int dim) {
-  return dtype == DType::bfloat16 ? dim / (2 * lanes) * (2 * lanes) : 0;
-}
-
-// The dims of a row in the order in which those of `dtype` are read, and back.
-template <DType dtype>
-inline void pair_dims(float* row, int dim) {
-  float pairs[2 * lanes];
-  for (int d = 0; d < paired_dims<dtype>(dim); d += 2 * lanes) {
-    std::memcpy(pairs, row + d, sizeof(pairs));
-    for (int i = 0; i < 2 * lanes; ++i) row[d + i % 2 * lanes + i / 2] = pairs[i];
-  }
-}
-template <DType dtype>
-inline void unpair_dims(float* row, int dim) {
-  float in_order[2 * lanes];
-  for (int d = 0; d < paired_dims<dtype>(dim); d += 2 * lanes) {
-    for (int i = 0; i < 2 * lanes; ++i) in_order[i] = row[d + i % 2 * lanes + i / 2];
-    std::memcpy(row + d, in_order, sizeof(in_order));
-  }
 }
 
 // A copy of the `count` elements of a row that are left, zeros after them: reads no further than the row.
@@ -71,24 +52,41 @@ struct RowTail {
 };
 
 // load(d) gives dims [d, d + lanes) over factor(), load_tail(d, count) when only `count` are left, load_pair<odd>(d) every
-// second one of [d, d + 2 * lanes).
+// second one of [d, d + 2 * lanes). from(d) is the row without its first d dims, next_head() goes to the same key's next row.
 template <DType dtype>
 class KeyRow {
  public:
   static constexpr bool has_tail = true;
 
   KeyRow() = default;
-  FA_INLINE KeyRow(const KeyTensor& source, KeySlot slot, std::int32_t head) : row_(first_element(source, slot, head)) {}
+  FA_INLINE KeyRow(const KeyTensor& source, KeySlot slot, std::int32_t head)
+      : row_(first_element(source, slot, head)), step_(head_step(source, slot)) {}
+  FA_INLINE void next_head() { row_ += step_; }
+  FA_INLINE KeyRow from(std::int64_t d) const {
+    KeyRow rest = *this;
+    rest.row_ += d * size_of(dtype);
+    return rest;
+  }
 
-  FA_INLINE Vec load(int d) const { return load_from(row_ + d * size_of(dtype)); }
-  FA_INLINE Vec load_tail(int d, int count) const {
+  FA_INLINE Vec load(std::int64_t d) const { return load_from(row_ + d * size_of(dtype)); }
+  FA_INLINE Vec load_tail(std::int64_t d, int count) const {
     return load_from(RowTail(row_ + d * size_of(dtype), count, size_of(dtype)).bytes);
   }
   template <int odd>
-  FA_INLINE Vec load_pair(int d) const {
+  FA_INLINE Vec load_pair(std::int64_t d) const {
     static_assert(dtype == DType::bfloat16);
     const IVec bits = bits_of(FA_LEVEL::load(reinterpret_cast<const float*>(row_ + d * size_of(dtype))));
     return from_bits(odd ? bits & static_cast<std::int32_t>(0xffff0000) : bits << 16);
+  }
+  // Two bfloat16 a word.
+  FA_INLINE Vec load_words(std::int64_t d) const {
+    return FA_LEVEL::load(reinterpret_cast<const float*>(row_ + d * size_of(dtype)));
+  }
+  static FA_INLINE KeyRow zeros() {
+    KeyRow row;
+    row.row_ = zero_row;
+    row.step_ = 0;
+    return row;
   }
   FA_INLINE float factor() const { return 1.0f; }
 
@@ -102,6 +100,7 @@ class KeyRow {
   }
 
   const char* row_;
+  std::int64_t step_;
 };
 
 template <>
@@ -110,19 +109,33 @@ class KeyRow<DType::int8> {
   static constexpr bool has_tail = true;
 
   KeyRow() = default;
-  FA_INLINE KeyRow(const KeyTensor& source, KeySlot slot, std::int32_t head) : row_(first_element(source, slot, head)) {
+  FA_INLINE KeyRow(const KeyTensor& source, KeySlot slot, std::int32_t head)
+      : row_(first_element(source, slot, head)), step_(head_step(source, slot)) {
     const ConstQuantization& quantization = *source.quantization;
-    const auto* scales = static_cast<const float*>(quantization.scales);
-    scale_ = slot.exists() ? scales[slot.offset(quantization.scale_strides, head)] : 0.0f;
+    static constexpr float zero = 0.0f;
+    scale_ =
+        slot.exists() ? static_cast<const float*>(quantization.scales) + slot.offset(quantization.scale_strides, head) : &zero;
+    scale_step_ = slot.exists() ? quantization.scale_strides.head : 0;
+  }
+  FA_INLINE void next_head() {
+    row_ += step_;
+    scale_ += scale_step_;
+  }
+  FA_INLINE KeyRow from(std::int64_t d) const {
+    KeyRow rest = *this;
+    rest.row_ += d;
+    return rest;
   }
 
-  FA_INLINE Vec load(int d) const { return from_int8(row_ + d); }
-  FA_INLINE Vec load_tail(int d, int count) const { return from_int8(RowTail(row_ + d, count, 1).bytes); }
-  FA_INLINE float factor() const { return scale_; }
+  FA_INLINE Vec load(std::int64_t d) const { return from_int8(row_ + d); }
+  FA_INLINE Vec load_tail(std::int64_t d, int count) const { return from_int8(RowTail(row_ + d, count, 1).bytes); }
+  FA_INLINE float factor() const { return *scale_; }
 
  private:
   const char* row_;
-  float scale_;
+  std::int64_t step_;
+  const float* scale_;
+  std::int64_t scale_step_;
 };
 
 template <DType dtype>
@@ -131,7 +144,8 @@ requires(dtype == DType::affine8 || dtype == DType::affine4) class KeyRow<dtype>
   static constexpr bool has_tail = false;  // whole groups only
 
   KeyRow() = default;
-  FA_INLINE KeyRow(const KeyTensor& source, KeySlot slot, std::int32_t head) : row_(first_element(source, slot, head)) {
+  FA_INLINE KeyRow(const KeyTensor& source, KeySlot slot, std::int32_t head)
+      : source_(&source), slot_(slot), head_(head), row_(first_element(source, slot, head)) {
     const ConstQuantization& quantization = *source.quantization;
     const int groups = source.dim / quantization_group;
     if (!slot.exists()) {
@@ -146,8 +160,18 @@ requires(dtype == DType::affine8 || dtype == DType::affine4) class KeyRow<dtype>
     read(quantization.biases, quantization.bias_strides, biases_);
   }
 
-  FA_INLINE Vec load(int d) const {
-    const int group = d / quantization_group;
+  FA_INLINE void next_head() { *this = KeyRow(*source_, slot_, head_ + 1); }
+  FA_INLINE auto from(std::int64_t first) const {
+    struct Rest {
+      const KeyRow& row;
+      std::int64_t first;
+      FA_INLINE Vec load(std::int64_t d) const { return row.load(first + d); }
+    };
+    return Rest{*this, first};
+  }
+
+  FA_INLINE Vec load(std::int64_t d) const {
+    const std::int64_t group = d / quantization_group;
     const Vec codes = dtype == DType::affine8 ? from_uint8(row_ + d) : from_uint4(row_ + d / 2);
     return dequantized(codes, splat(scales_[group]), splat(biases_[group]));
   }
@@ -156,6 +180,9 @@ requires(dtype == DType::affine8 || dtype == DType::affine4) class KeyRow<dtype>
  private:
   // Rounded up so that whole vectors fit.
   static constexpr int max_groups = round_up(max_head_dim_of_tensor / quantization_group, lanes);
+  const KeyTensor* source_;
+  KeySlot slot_;
+  std::int32_t head_;
   const char* row_;
   float scales_[max_groups];
   float biases_[max_groups];

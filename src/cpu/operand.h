@@ -32,6 +32,8 @@ FA_INLINE Half half_of(Vec x) {
 #endif
 }
 
+using Shorts = std::uint16_t __attribute__((vector_size(FA_VECTOR_BYTES)));
+
 struct Bfloat16Operand {
   static constexpr int per_word = 2;
   static constexpr int word_granule = 1;
@@ -53,8 +55,22 @@ struct Bfloat16Operand {
     return from_bits(reinterpret_cast<IVec>((rounded(neighbours[0]) >> 16) | (rounded(neighbours[1]) & 0xffff0000u)));
   }
 
+  // The word of a's half and b's half at each dim of two rows of bfloat16, for the first or the second four dims of each eight.
+  template <int second>
+  static FA_INLINE Vec word_of_rows(Vec a, Vec b) {
+    Shorts words;
+#if defined(__AVX512BW__) && FA_VECTOR_BYTES == 64
+    const auto x = reinterpret_cast<__m512i>(a), y = reinterpret_cast<__m512i>(b);
+    words = reinterpret_cast<Shorts>(second ? _mm512_unpackhi_epi16(x, y) : _mm512_unpacklo_epi16(x, y));
+#else
+    for (int i = 0; i < 2 * lanes; ++i) {
+      words[i] = reinterpret_cast<Shorts>(i % 2 ? b : a)[i / 8 * 8 + second * 4 + i % 8 / 2];
+    }
+#endif
+    return reinterpret_cast<Vec>(words);
+  }
+
  private:
-  using Shorts = std::uint16_t __attribute__((vector_size(FA_VECTOR_BYTES)));
   static FA_INLINE Vec low(Vec x) { return from_bits(bits_of(x) << 16); }
   static FA_INLINE Vec high(Vec x) { return from_bits(bits_of(x) & static_cast<std::int32_t>(0xffff0000)); }
   // To nearest even in the high half. NaN stays NaN: arithmetic makes only quiet ones, whose low bits are 0.

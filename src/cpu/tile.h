@@ -159,6 +159,26 @@ FA_INLINE Vec unpack_high(Vec a, Vec b) {
 #endif
 }
 
+// The 128-bit parts of a and b in turn: the first half of each, or the second.
+FA_INLINE Vec interleave_parts_low(Vec a, Vec b) {
+#if FA_VECTOR_BYTES == 16
+  return a;
+#elif FA_VECTOR_BYTES == 32
+  return __builtin_shufflevector(a, b, 0, 1, 2, 3, 8, 9, 10, 11);
+#else
+  return __builtin_shufflevector(a, b, 0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
+#endif
+}
+FA_INLINE Vec interleave_parts_high(Vec a, Vec b) {
+#if FA_VECTOR_BYTES == 16
+  return b;
+#elif FA_VECTOR_BYTES == 32
+  return __builtin_shufflevector(a, b, 4, 5, 6, 7, 12, 13, 14, 15);
+#else
+  return __builtin_shufflevector(a, b, 8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31);
+#endif
+}
+
 // The 128-bit parts of a vector, added.
 using Part = float __attribute__((vector_size(16)));
 FA_INLINE Part sum_of_parts(Vec x) {

@@ -172,11 +172,15 @@ def test_decode_in_cache_is_the_time_of_one_call(benchmark_module, monkeypatch):
     tiny = case.DecodeCase(1, 64, "float32", heads=4, heads_k=2, head_dim=32, in_cache=True)
     monkeypatch.setattr(decode, "decode_cases", lambda dtype: [tiny])
     peers = benchmark_module("peers").make_peers(threads=1)
-    ((rows, missing),) = decode.run_decode(tiny_pool(benchmark_module, monkeypatch, "float32"), None, peers, ("sdpa",), 1)
+    module = benchmark_module("ceilings")
+    ceilings = module.Ceilings(module.build(), threads=1, level="baseline")
+    pool = tiny_pool(benchmark_module, monkeypatch, "float32")
+    ((rows, missing),) = decode.run_decode(pool, None, peers, ("sdpa",), 1, ceilings.reading)
     assert [row["implementation"] for row in rows] == ["ours", "sdpa"]
     assert missing == {}
     assert rows[0]["bytes"] == 2 * 64 * 2 * 32 * 4
     assert rows[0]["gbs"] == pytest.approx(rows[0]["bytes"] / rows[0]["ms"] * 1e-6)
+    assert rows[0]["read_gbs"] > 0
 
 
 def test_a_peer_that_is_not_installed_is_named_and_skipped(benchmark_module, monkeypatch):
@@ -203,7 +207,7 @@ def case_row(implementation: str = "ours", **values: object) -> dict:
 def decode_row(implementation: str = "ours", **values: object) -> dict:
     row = {
         "label": "f16 B8", "dtype": "float16", "ms": 1.0, "of_read": 0.8, "of_fma": 0.3, "in_cache": False,
-        "times_float32": None, "flops": 1e6, "bytes": 1e6,
+        "times_float32": None, "flops": 1e6, "bytes": 1e6, "read_gbs": 30.0,
     }  # fmt: skip
     return row | {"implementation": implementation} | values
 
