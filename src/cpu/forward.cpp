@@ -59,7 +59,13 @@ void forward_short_units(const Kernels& level, const ForwardPass& pass, int thre
   const std::int64_t scratch_size = (level.forward_scratch_size(pass) + 15) / 16 * 16;
   const Buffer scratch = allocate(scratch_size * threads);
   runs.for_each(threads, [&](const KeyRun& run, int slot) {
-    level.forward_rows(pass, {run.unit, nullptr, 0, run.unit->packed_rows(), run.keys, run.is_first, run.partial},
+    Foreseen next;
+    if (run.unit - units.data() + threads < static_cast<std::ptrdiff_t>(units.size())) {
+      next.unit = run.unit + threads;
+      next.keys = visible_keys_of_rows(next.unit->rule, 0, next.unit->rule.seqlen_q);
+      next.rows = {0, next.unit->packed_rows()};
+    }
+    level.forward_rows(pass, {run.unit, nullptr, 0, run.unit->packed_rows(), run.keys, run.is_first, run.partial, next},
                        scratch.get() + slot * scratch_size);
   });
   runs.combine({pass.problem, pass.inputs, pass.outputs}, threads);

@@ -77,6 +77,7 @@ struct BlockContext {
   const ScoreSteps* steps;
   float* tile;             // S, then P
   float* transposed_tile;  // of the same size
+  RowsAhead* ahead;
 };
 
 template <class Operand, int N>
@@ -98,14 +99,14 @@ inline void attend(const BlockContext& block, const RowPanel& panel, PanelState&
   Staircase staircase;
   staircase.add(panel, tile.key_begin, tile.keys);
   Products::template scores<N>(k, dim_words, state.q_transposed, tile.keys, block.scores.scale.query, staircase, tile.scores,
-                               tile.stride);
+                               tile.stride, *block.ahead);
   const float scale_left = leave_scale<Products>(*block.steps, panel, tile, block.scores.scale.query);
   block.steps->apply(block.scores, panel, tile);
   softmax_tile<N>(tile, state.softmax, alpha, scale_left);
   if (problem.has_dropout) drop_probabilities(problem, *block.pass->inputs, panel, tile);
   const auto add_values = [&](const ResultRows* results) {
     Products::template values<N>(tile.scores, tile.keys, v, v_panel_stride, panels_of(problem.head_dim_v), alpha, staircase,
-                                 {state.o, state.is_empty, results}, block.transposed_tile);
+                                 {state.o, state.is_empty, results}, block.transposed_tile, *block.ahead);
   };
   const ForwardTask& task = *block.task;
   const ForwardOutputs& outputs = *block.pass->outputs;
@@ -166,6 +167,7 @@ inline void forward_rows(const ForwardPass& pass, const ForwardTask& task, float
     some = {min_of(some.begin, panel.some.begin), max_of(some.end, panel.some.end)};
   }
 
+  RowsAhead ahead(problem, inputs, task.next);
   some = {max_of(some.begin, task.keys.begin), min_of(some.end, task.keys.end)};
   float* own_block = take(pass.packed_block_size);
   for (std::int32_t block = some.begin / pass.key_block; some.begin < some.end && block * pass.key_block < some.end; ++block) {
@@ -177,7 +179,8 @@ inline void forward_rows(const ForwardPass& pass, const ForwardTask& task, float
                                   {&problem, &inputs, &unit, scale, mask_rows, round_up(pass.key_block, lanes), nullptr},
                                   &steps,
                                   tile,
-                                  transposed_tile};
+                                  transposed_tile,
+                                  &ahead};
     for (int i = 0; i < panel_count; ++i) {
       switch (panels[i].vectors) {
         case 1:

@@ -19,7 +19,7 @@ struct RowsOfO {
 // O [rows][dims] = alpha O + P^T [key words][rows] V [dim panels][key words][dim_panel].
 template <class Operand, int N>
 inline void value_product(const float* p, const float* v, std::int64_t v_panel_stride, int panels_v, const float* alpha,
-                          const Staircase& steps, const RowsOfO& o) {
+                          const Staircase& steps, const RowsOfO& o, RowsAhead& ahead) {
   constexpr int M = value_rows<N>;
   const int dims = panels_v * dim_panel;
   for (int panel = 0; panel < panels_v; ++panel) {
@@ -37,7 +37,7 @@ inline void value_product(const float* p, const float* v, std::int64_t v_panel_s
       }
       matmul_tile<Operand, M, dim_vectors>(acc, p + first * N * lanes + row, 1, N * lanes,
                                            v + panel * v_panel_stride + first * dim_panel, dim_panel,
-                                           words<Operand>(keys.end) - first);
+                                           words<Operand>(keys.end) - first, ahead);
 #pragma GCC unroll 16
       for (int m = 0; m < M; ++m) {
         if (o.results) {
@@ -61,16 +61,16 @@ struct ForwardProducts {
   // the end.
   template <int N>
   static FA_INLINE void scores(const float* k, int dim_words, const float* q_transposed, int keys, float scale,
-                               const Staircase& steps, float* scores, std::int64_t stride) {
-    staircase_scores<Operand, N>(k, dim_words, q_transposed, keys, scale, steps, scores, stride);
+                               const Staircase& steps, float* scores, std::int64_t stride, RowsAhead& ahead) {
+    staircase_scores<Operand, N>(k, dim_words, q_transposed, keys, scale, steps, scores, stride, 0, ahead);
   }
 
   // O [rows][dims] = alpha O + P V, P [keys][N vectors] of which `keys` count, V [dim panels][key words][dim_panel]; P is lost.
   template <int N>
   static FA_INLINE void values(float* p, int keys, const float* v, std::int64_t v_panel_stride, int panels_v,
-                               const float* alpha, const Staircase& steps, const RowsOfO& o, float*) {
+                               const float* alpha, const Staircase& steps, const RowsOfO& o, float*, RowsAhead& ahead) {
     const float* words_of_p = pack_along_keys<Operand>(p, N * lanes, keys, p);
-    value_product<Operand, N>(words_of_p, v, v_panel_stride, panels_v, alpha, steps, o);
+    value_product<Operand, N>(words_of_p, v, v_panel_stride, panels_v, alpha, steps, o, ahead);
   }
 };
 
@@ -102,7 +102,7 @@ struct ForwardProducts<MatrixOperand> {
 
   template <int N>
   static inline void scores(const float* k, int dim_words, const float* q_transposed, int keys, float, const Staircase&,
-                            float* scores, std::int64_t stride) {
+                            float* scores, std::int64_t stride, RowsAhead&) {
     constexpr int M = 2;
     for (int key = 0; key < keys; key += M * matrix_tile) {
       float* tile = scores + key * stride;
@@ -113,7 +113,7 @@ struct ForwardProducts<MatrixOperand> {
 
   template <int N>
   static inline void values(float* p, int keys, const float* v, std::int64_t v_panel_stride, int panels_v, const float* alpha,
-                            const Staircase&, const RowsOfO& rows, float* scratch) {
+                            const Staircase&, const RowsOfO& rows, float* scratch, RowsAhead&) {
     float* o = rows.sums;
     const int key_words = words<MatrixOperand>(keys);
     const std::int64_t dims = std::int64_t{panels_v} * dim_panel;

@@ -25,6 +25,18 @@ struct Partial {
   float* lse_log2;  // [rows]
 };
 
+struct RowRange {
+  std::int32_t begin;
+  std::int32_t end;
+};
+
+// What the thread of a task is likely to read after it.
+struct Foreseen {
+  const Unit* unit = nullptr;
+  KeyRange keys = {0, 0};
+  RowRange rows = {0, 0};  // packed rows
+};
+
 struct ForwardTask {
   const Unit* unit;
   const float* packed;     // the unit's blocks from key 0 on, those that nobody sees not filled; null: the task packs its own
@@ -33,6 +45,7 @@ struct ForwardTask {
   KeyRange keys;  // from a whole block on
   bool is_first;  // of the unit's runs of keys
   Partial partial;
+  Foreseen next;
 };
 
 // Few rows over many keys: a task has some kv heads of a sequence and a run of its keys.

@@ -16,11 +16,6 @@
 namespace flash_attn::cpu {
 namespace {
 
-struct RowRange {
-  std::int32_t begin;
-  std::int32_t end;
-};
-
 // A unit's tasks in the order in which they start: blocks of keys to pack, then rows to compute.
 struct UnitWork {
   const Unit* unit;
@@ -102,7 +97,7 @@ class PackedForward {
       if (task < work.blocks) {
         pack(work, work.first_block + task);
       } else {
-        compute_rows(work, work.rows[static_cast<std::size_t>(task - work.blocks)], scratch);
+        compute_rows(work, static_cast<std::size_t>(task - work.blocks), scratch);
       }
     }
   }
@@ -112,10 +107,28 @@ class PackedForward {
     work.blocks_packed.fetch_add(1, std::memory_order_release);
   }
 
-  void compute_rows(const UnitWork& work, RowRange rows, float* scratch) const {
+  // A unit's tasks share what they ask for of the next one.
+  Foreseen foreseen(const UnitWork& work, std::size_t task) const {
+    const std::size_t next = next_unit_.load(std::memory_order_relaxed);
+    if (next >= work_.size()) return {};
+    const UnitWork& unit = work_[next];
+    const KeyRange seen = visible_keys_of_rows(unit.unit->rule, 0, unit.unit->rule.seqlen_q);
+    const auto share = [&](std::size_t i) {
+      return seen.begin + static_cast<std::int32_t>(std::int64_t{seen.end - seen.begin} * static_cast<std::int64_t>(i) /
+                                                    static_cast<std::int64_t>(work.rows.size()));
+    };
+    if (seen.begin >= seen.end) return {};
+    const bool is_last = task + 1 == work.rows.size();
+    return {unit.unit, {share(task), share(task + 1)}, is_last ? unit.rows.front() : RowRange{0, 0}};
+  }
+
+  void compute_rows(const UnitWork& work, std::size_t task, float* scratch) const {
+    const RowRange rows = work.rows[task];
     wait_until([&] { return work.blocks_packed.load(std::memory_order_acquire) == work.blocks; });
     const KeyRange all_keys = {0, work.unit->sequence.k.length};
-    level_.forward_rows(pass_, {work.unit, work.packed, rows.begin, rows.end, all_keys, true, {nullptr, nullptr}}, scratch);
+    level_.forward_rows(
+        pass_, {work.unit, work.packed, rows.begin, rows.end, all_keys, true, {nullptr, nullptr}, foreseen(work, task)},
+        scratch);
   }
 
   const Kernels& level_;

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cpu/pack.h"
+#include "cpu/rows_ahead.h"
 
 namespace flash_attn::cpu::FA_LEVEL {
 namespace {
@@ -10,11 +11,13 @@ inline void scale_row(float* row, float scale, int dims) {
   for (int d = 0; d < dims; d += lanes) store(row + d, load(row + d) * scale);
 }
 
+constexpr int rounds_a_line = 2;  // of a tile, for each line of rows ahead
+
 // The register tile: acc[M][N vectors] += A[M][depth] * B[depth][N vectors]. Elements of A are broadcast, B is read along its
 // lanes; M * N accumulators, N vectors of B and one broadcast fill the register file.
-template <class Operand, int M, int N>
+template <class Operand, int M, int N, class Ahead = NoRowsAhead>
 FA_INLINE void matmul_tile(Vec (&acc)[M][N], const float* a, std::int64_t a_row, std::int64_t a_depth, const float* b,
-                           std::int64_t b_depth, int depth) {
+                           std::int64_t b_depth, int depth, Ahead&& ahead = {}) {
   // Unrolled so far that the processor foresees the end of the loop.
 #pragma GCC unroll 4
   for (int k = 0; k < depth; ++k) {
@@ -29,6 +32,7 @@ FA_INLINE void matmul_tile(Vec (&acc)[M][N], const float* a, std::int64_t a_row,
     }
     a += a_depth;
     b += b_depth;
+    if (k % rounds_a_line == 0) ahead.ask();
   }
 }
 
@@ -50,11 +54,11 @@ inline const float* pack_along_keys(const float* tile, std::int64_t stride, int 
 }
 
 // S^T [M keys][N vectors of a row] = scale K [M][dim words] Q^T [dim words][q_stride].
-template <class Operand, int M, int N>
+template <class Operand, int M, int N, class Ahead>
 FA_INLINE void score_tile(const float* k, int dim_words, const float* q_transposed, std::int64_t q_stride, float scale,
-                          float* scores, std::int64_t stride) {
+                          float* scores, std::int64_t stride, Ahead& ahead) {
   Vec acc[M][N] = {};
-  matmul_tile<Operand, M, N>(acc, k, dim_words, 1, q_transposed, q_stride, dim_words);
+  matmul_tile<Operand, M, N>(acc, k, dim_words, 1, q_transposed, q_stride, dim_words, ahead);
 #pragma GCC unroll 16
   for (int m = 0; m < M; ++m) {
 #pragma GCC unroll 4

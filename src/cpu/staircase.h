@@ -48,9 +48,10 @@ struct Staircase {
 
 // S^T [keys][stride] = scale K [keys][dim words] Q^T [dim words][N vectors], of a panel whose first vector is `first_vector` of
 // the staircase. 0 where a tile leaves vectors out: what none of their rows sees is masked after.
-template <class Operand, int N>
+template <class Operand, int N, class Ahead = NoRowsAhead>
 inline void staircase_scores(const float* k, int dim_words, const float* q_transposed, int keys, float scale,
-                             const Staircase& steps, float* scores, std::int64_t stride, int first_vector = 0) {
+                             const Staircase& steps, float* scores, std::int64_t stride, int first_vector = 0,
+                             Ahead&& ahead = {}) {
   constexpr int M = score_keys<N>;
   for (int key = 0; key < keys; key += M) {
     const RowSpan rows = steps.rows_of_keys(key, M, first_vector, first_vector + N);
@@ -61,7 +62,7 @@ inline void staircase_scores(const float* k, int dim_words, const float* q_trans
       constexpr int W = N - fewer;
       if (count != W) return;
       score_tile<Operand, M, W>(k + std::int64_t{key} * dim_words, dim_words, q_transposed + first * lanes, N * lanes, scale,
-                                tile + first * lanes, stride);
+                                tile + first * lanes, stride, ahead);
     });
     for (int n = 0; n < N; ++n) {
       if (n >= first && n < first + count) continue;

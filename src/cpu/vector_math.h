@@ -7,8 +7,22 @@
 namespace flash_attn::cpu::FA_LEVEL {
 namespace {
 
-// 2^x for x <= 0 and a little above; exactly 0 below -127, NaN stays NaN. Minimax polynomial of degree 5, 1.7e-7 relative.
+// 2^x for x <= 0 and a little above; exactly 0 below -127, NaN stays NaN. Minimax polynomials of degree 5 that are 1 at 0.
 FA_INLINE Vec exp2_of(Vec x) {
+#if defined(__AVX512DQ__) && FA_VECTOR_BYTES == 64
+  // 8e-8 relative: x is floor(x) and a fraction. Below -126 the result would be subnormal.
+  constexpr int below = _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC;
+  const __mmask16 is_normal = _mm512_cmp_ps_mask(x, splat(-126.0f), _CMP_NLT_UQ);
+  const Vec f = _mm512_reduce_ps(x, below);
+  Vec p = splat(0.001867130212f);
+  p = p * f + 0.009017029963f;
+  p = p * f + 0.05579991343f;
+  p = p * f + 0.24016445f;
+  p = p * f + 0.6931513118f;
+  p = p * f + 1.0f;
+  return _mm512_maskz_scalef_ps(is_normal, p, x);
+#else
+  // 1.7e-7 relative: x is the nearest integer and a rest.
   constexpr float round_to_integer = 12582912.0f;  // 1.5 * 2^23: adding it leaves the integer in the low mantissa bits
   x = larger_of(splat(-127.0f), x);
   const Vec shifted = x + round_to_integer;
@@ -21,6 +35,7 @@ FA_INLINE Vec exp2_of(Vec x) {
   p = p * f + 1.0f;
   // A product, not an integer addition to the exponent: 2^-127 is built as 0, and NaN survives it.
   return p * from_bits((bits_of(shifted) << 23) + 0x3f800000);
+#endif
 }
 
 // log2(x) for normal x > 0, within 2e-7 of the larger of the result and 1; inf and NaN stay. x is 2^e m with m within a factor
