@@ -40,7 +40,8 @@ class Reading:
         self.gbs = 0.0  # the best so far
 
     def __call__(self) -> None:
-        assert self._process.stdin and self._process.stdout
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
         self._process.stdin.write("\n")
         self._process.stdin.flush()
         self.gbs = max(self.gbs, float(self._process.stdout.readline()))

@@ -100,7 +100,8 @@ def decode_table(rows: list[Row], verdicts: Verdicts) -> str:
         shares = [f"{ours[share]:.2f}" for share in ("of_read", "of_fma")]
         judged = [verdicts.cell(what), *_peer_cells(ours, peers), verdicts.cell(what, ahead=True)]
         cells.append([ours["label"], _milliseconds(ours), *rates, *shares, *judged])
-    return table(("case", "ours, ms", "GB/s", "read, GB/s", "of read", "of FMA", "need", "fastest peer, ms", "ahead", "need"), cells)
+    columns = ("case", "ours, ms", "GB/s", "read, GB/s", "of read", "of FMA", "need", "fastest peer, ms", "ahead", "need")
+    return table(columns, cells)
 
 
 def paged_table(rows: list[Row]) -> str:
