@@ -138,7 +138,7 @@ struct StreamRows {
 };
 
 // The first lines of a block: it may begin in other pages of memory, whose addresses take time to find.
-inline void ask_for_block(const Unit& unit, const KeyTensor& source, const KeySlots& keys) {
+FA_INLINE void ask_for_block(const Unit& unit, const KeyTensor& source, const KeySlots& keys) {
   for (const char* row : StreamRows(source, keys, 0, unit.kv_head).of_first_head) ask_for(row);
 }
 

@@ -55,6 +55,7 @@ inline void pack_key_rows(const BackwardPass& pass, const KeyReader& reader, con
   const auto pack = [&](const KeyTensor& source, float* packed) {
     const int row_words = words<Operand>(source.dim);
     for (int i = 0; i < keys.size; ++i, packed += row_words) {
+      reader.fetch_ahead(source, keys.begin + i);
       const float* row = view_words<Operand>(reader, source, unit, keys.begin + i, buffer);
       std::memcpy(packed, row, sizeof(float) * static_cast<std::size_t>(row_words));
     }

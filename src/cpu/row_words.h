@@ -78,6 +78,7 @@ inline void pack_value_panels(const KeyReader& reader, const KeyTensor& values, 
   for (int key = 0; key < keys.size; key += Operand::per_word, panels += dim_panel) {
     const float* rows[Operand::per_word];
     for (int i = 0; i < Operand::per_word; ++i) {
+      reader.fetch_ahead(values, keys.begin + key + i);
       rows[i] = view_words<Operand>(reader, values, unit, keys.begin + key + i, buffers[i]);
     }
     for (int d = 0; d < round_up(values.dim, dim_panel); d += lanes) {
