@@ -85,29 +85,30 @@ inline std::int64_t partial_row_size(const AttentionProblem& problem) { return r
 
 // Where a product leaves the finished rows of a panel, and what it multiplies them by.
 struct ResultRows {
-  float* row[panel_rows];
+  char* row[panel_rows];
   RowEnds ends;
+  DType dtype;
   bool are_streamed;  // see Tensor::streamed
 
-  // Results of whole panels of float32 side by side. Others take finish_panel.
+  // Results of whole panels whose dims lie side by side. Others take finish_panel.
   static bool suit(const AttentionProblem& problem, const Tensor& out, const Partial& partial) {
-    return problem.head_dim_v % dim_panel == 0 && (partial.o || (out.dtype == DType::float32 && out.strides.dim == 1));
+    return problem.head_dim_v % dim_panel == 0 && (partial.o || out.strides.dim == 1);
   }
 
   // And writes lse. `first_row` of its unit is the panel's first row. The lanes after the last row repeat it here too.
   ResultRows(const AttentionProblem& problem, const ForwardOutputs& outputs, const Unit& unit, const RowPanel& panel,
              const SoftmaxState& state, int first_row, const Partial& partial)
-      : ends(problem, panel, state), are_streamed(!partial.o) {
+      : ends(problem, panel, state), dtype(partial.o ? DType::float32 : outputs.out.dtype), are_streamed(!partial.o) {
     const std::int64_t size = partial_row_size(problem);
     for (int lane = 0; lane < panel.width(); ++lane) {
       if (partial.o) {
         const int unit_row = first_row + min_of(lane, panel.rows - 1);
-        row[lane] = partial.o + unit_row * size;
+        row[lane] = reinterpret_cast<char*>(partial.o + unit_row * size);
         partial.lse_log2[unit_row] = ends.lse_log2[lane];
       } else {
-        row[lane] = static_cast<float*>(outputs.out.data) + panel.offset(unit, outputs.out.strides, lane);
+        row[lane] = element(outputs.out.data, dtype, panel.offset(unit, outputs.out.strides, lane));
         outputs.lse[panel.offset(unit, outputs.lse_strides, lane)] = ends.lse_log2[lane] * ln_2;
-        are_streamed &= streams_row(outputs.out, reinterpret_cast<const char*>(row[lane]), problem.head_dim_v);
+        are_streamed &= streams_row(outputs.out, row[lane], problem.head_dim_v);
       }
     }
   }
@@ -115,14 +116,28 @@ struct ResultRows {
   // A row's dims of one panel of them. Who wrote many rows ends with streams_end.
   FA_INLINE void write(int lane, int dims, const Vec (&o)[dim_vectors]) const {
     const Vec scale = splat(ends.scale[lane]);
-    float* p = row[lane] + dims * dim_panel;
+    char* p = row[lane] + dims * dim_panel * size_of(dtype);
+    if (dtype != DType::float32) {
+      alignas(64) float values[dim_panel];
+      for (int n = 0; n < dim_vectors; ++n) store(values + n * lanes, o[n] * scale);
+      return write_half(p, values);
+    }
 #pragma GCC unroll 4
-    for (int n = 0; n < dim_vectors; ++n, p += lanes) {
+    for (int n = 0; n < dim_vectors; ++n, p += lanes * sizeof(float)) {
       if (are_streamed) {
-        stream(reinterpret_cast<char*>(p), o[n] * scale);
+        stream(p, o[n] * scale);
       } else {
-        store(p, o[n] * scale);
+        store(reinterpret_cast<float*>(p), o[n] * scale);
       }
+    }
+  }
+
+ private:
+  __attribute__((noinline)) void write_half(char* p, const float* values) const {
+    if (are_streamed) {
+      stream_row(dtype, p, dim_panel, values);
+    } else {
+      write_row(dtype, p, 1, dim_panel, values);
     }
   }
 };

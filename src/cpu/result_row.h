@@ -13,15 +13,10 @@ inline bool streams_row(const Tensor& tensor, const char* destination, int n) {
          reinterpret_cast<std::uintptr_t>(destination) % cache_line == 0;
 }
 
-// Element `offset` and the n - 1 after it = row [n]. Who streams many rows ends with streams_end.
-inline void write_result_row(const Tensor& tensor, std::int64_t offset, int n, const float* row) {
-  char* destination = element(tensor.data, tensor.dtype, offset);
-  if (!streams_row(tensor, destination, n)) {
-    write_row(tensor.dtype, destination, tensor.strides.dim, n, row);
-    return;
-  }
-  for (int i = 0; i < n; i += lanes, destination += lanes * size_of(tensor.dtype)) {
-    switch (tensor.dtype) {
+// Of a row that streams_row said yes to.
+inline void stream_row(DType dtype, char* destination, int n, const float* row) {
+  for (int i = 0; i < n; i += lanes, destination += lanes * size_of(dtype)) {
+    switch (dtype) {
       case DType::bfloat16:
         stream(destination, to_bfloat16(load(row + i)));
         break;
@@ -32,6 +27,16 @@ inline void write_result_row(const Tensor& tensor, std::int64_t offset, int n, c
         stream(destination, load(row + i));
         break;
     }
+  }
+}
+
+// Element `offset` and the n - 1 after it = row [n]. Who streams many rows ends with streams_end.
+inline void write_result_row(const Tensor& tensor, std::int64_t offset, int n, const float* row) {
+  char* destination = element(tensor.data, tensor.dtype, offset);
+  if (streams_row(tensor, destination, n)) {
+    stream_row(tensor.dtype, destination, n, row);
+  } else {
+    write_row(tensor.dtype, destination, tensor.strides.dim, n, row);
   }
 }
 
