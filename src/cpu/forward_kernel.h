@@ -100,6 +100,7 @@ inline void attend(const BlockContext& block, const RowPanel& panel, PanelState&
   using Products = ForwardProducts<Operand>;
   Staircase staircase;
   staircase.add(panel, tile.key_begin, tile.keys);
+  block.ahead->add_mask(block.scores.inputs->attn_mask, *block.task->unit, panel, {tile.key_begin, tile.key_begin + tile.keys});
   Products::template scores<N>(k, dim_words, state.q_transposed, tile.keys, block.scores.scale.query, staircase, tile.scores,
                                tile.stride, *block.ahead);
   const float scale_left = leave_scale<Products>(*block.steps, panel, tile, block.scores.scale.query);

@@ -1,9 +1,11 @@
-// Rows of q, k and v that a thread reads after those at hand. They are asked for a line at a time while it multiplies, since a
-// head's rows lie far apart and a thread that packs them waits for each; all at once would take as long (docs/performance.md).
+// Rows that a thread reads after those at hand: attn_mask's of the scores that it computes, and q, k and v of its next unit.
+// They are asked for a line at a time while it multiplies, since they lie far apart and whoever reads them waits for each; all
+// at once would take as long (docs/performance.md).
 #pragma once
 
 #include "cpu/kernels.h"
 #include "cpu/key_row.h"
+#include "cpu/row_panel.h"
 
 #if !defined(FA_ROWS_AHEAD)  // 1: the level's processors multiply as fast while they fetch
 #define FA_ROWS_AHEAD 0
@@ -14,6 +16,7 @@ namespace {
 
 struct NoRowsAhead {
   FA_INLINE void ask() {}
+  void add_mask(const MaskTensor&, const Unit&, const RowPanel&, KeyRange) {}
 };
 
 class SomeRowsAhead {
@@ -23,6 +26,18 @@ class SomeRowsAhead {
     add_keys(problem, inputs, keys_of(problem, inputs), *next.unit, next.keys);
     add_keys(problem, inputs, values_of(problem, inputs), *next.unit, next.keys);
     add_queries(problem, inputs.q, *next.unit, next.rows);
+    spans_of_unit_ = spans_;
+  }
+
+  // To be asked for first. Heads that have masks of their own: only the first of a group.
+  void add_mask(const MaskTensor& mask, const Unit& unit, const RowPanel& panel, KeyRange keys) {
+    if (!mask.data || mask.key != 1) return;
+    spans_ = min_of(spans_, spans_of_unit_);  // what is left of an earlier mask was in vain
+    spans_of_unit_ = spans_;
+    line_ = 0;
+    const std::int64_t stride = unit.group < panel.rows ? panel.mask_offset[unit.group] - panel.mask_offset[0] : 0;
+    add(element(mask.data, mask.dtype, panel.mask_offset[0] + keys.begin), stride * size_of(mask.dtype),
+        (keys.end - keys.begin) * size_of(mask.dtype), (panel.rows + unit.group - 1) / unit.group);
   }
 
   // One line, or nothing when all were asked for.
@@ -45,12 +60,14 @@ class SomeRowsAhead {
     std::int64_t rows;
   };
 
+  void add(const char* row, std::int64_t stride, std::int64_t bytes, std::int64_t rows) {
+    const std::int64_t into_line = static_cast<std::int64_t>(reinterpret_cast<std::uintptr_t>(row) % cache_line);
+    span_[spans_++] = {row - into_line, stride, into_line + bytes, rows};
+  }
   void add(const ConstTensor& tensor, std::int64_t offset, std::int64_t rows, std::int64_t row_elements) {
     if (rows <= 0 || tensor.strides.dim != 1) return;
-    const char* row = element(tensor.data, tensor.dtype, offset);
-    const std::int64_t into_line = static_cast<std::int64_t>(reinterpret_cast<std::uintptr_t>(row) % cache_line);
     const std::int64_t size = size_of(tensor.dtype);
-    span_[spans_++] = {row - into_line, tensor.strides.seq * size, into_line + row_elements * size, rows};
+    add(element(tensor.data, tensor.dtype, offset), tensor.strides.seq * size, row_elements * size, rows);
   }
 
   // Of a unit's k and v: more would push out of L2 what is in use.
@@ -76,9 +93,10 @@ class SomeRowsAhead {
     add(q, offset, (rows.end + unit.group - 1) / unit.group - first, std::int64_t{unit.group} * problem.head_dim);
   }
 
-  int spans_ = 0;
+  int spans_ = 0;          // the last one is asked for first
+  int spans_of_unit_ = 0;  // the others are of a mask
   std::int64_t line_ = 0;  // of the last span's first row, in bytes
-  Span span_[3];
+  Span span_[4];
 };
 
 #if FA_ROWS_AHEAD

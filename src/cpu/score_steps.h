@@ -61,14 +61,20 @@ inline void alibi_step(const ScoreContext&, const RowPanel& panel, const ScoreTi
   });
 }
 
-// One row of attn_mask as something to add: log2 units, -inf where hidden.
-inline void read_mask_row(const MaskTensor& mask, std::int64_t offset, int keys, float* row) {
-  if (mask.dtype == DType::boolean) {
-    const auto* visible = static_cast<const unsigned char*>(mask.data) + offset;
-    for (int key = 0; key < keys; ++key) row[key] = visible[key * mask.key] ? 0.0f : -__builtin_inff();
-    return;
+// `keys` of a row of attn_mask as something to add, -inf where hidden, then zeros up to `columns`: the row itself where it is
+// that already, else in `buffer`.
+inline const float* view_mask_row(const MaskTensor& mask, std::int64_t offset, int keys, int columns, float* buffer) {
+  const char* row = element(mask.data, mask.dtype, offset);
+  if (mask.dtype == DType::float32 && mask.key == 1 && keys == columns && columns % lanes == 0) {
+    return reinterpret_cast<const float*>(row);
   }
-  read_row(mask.dtype, element(mask.data, mask.dtype, offset), mask.key, keys, row);
+  if (mask.dtype == DType::boolean) {
+    for (int key = 0; key < keys; ++key) buffer[key] = row[key * mask.key] ? 0.0f : -__builtin_inff();
+  } else {
+    read_row(mask.dtype, row, mask.key, keys, buffer);
+  }
+  for (int key = keys; key < columns; ++key) buffer[key] = 0.0f;
+  return buffer;
 }
 
 // -inf hides the key; anything finite leaves it visible, even where base 2 overflows (the lowest float is a common mask value).
@@ -88,10 +94,8 @@ inline void attn_mask_step(const ScoreContext& context, const RowPanel& panel, c
     for (int lane = 0; lane < (same_row ? 1 : lanes); ++lane) {
       // A tile of backward is rounded up: past the last key that a row sees, the mask may have ended.
       const int count = clamp_to(max_of(panel.some.end, 0) - tile.key_begin, 0, tile.keys);
-      float* row = context.mask_rows + lane * context.mask_row_stride;
-      read_mask_row(mask, offsets[lane] + first_key, count, row);
-      for (int key = count; key < tile.keys; ++key) row[key] = 0.0f;
-      rows[lane] = row;
+      rows[lane] =
+          view_mask_row(mask, offsets[lane] + first_key, count, tile.keys, context.mask_rows + lane * context.mask_row_stride);
     }
     const auto add = [&](int key, Vec bias) {
       float* scores = tile.scores + key * tile.stride + v * lanes;
