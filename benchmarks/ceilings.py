@@ -35,16 +35,16 @@ class Reading:
     """A loop that only reads so many bytes of memory a call, in a process that times it: what a call that reads them as well
     can take turns with. Memory shared with neighbours is twice as fast at some moments as at others."""
 
-    def __init__(self, command: list[str]) -> None:
+    def __init__(self, command: list[str], nbytes: int) -> None:
+        self._bytes = nbytes
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self.gbs = 0.0  # the best so far
 
-    def __call__(self) -> None:
+    def __call__(self) -> float:
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._process.stdin.write("\n")
         self._process.stdin.flush()
-        self.gbs = max(self.gbs, float(self._process.stdout.readline()))
+        return self._bytes / (float(self._process.stdout.readline()) * 1e9)
 
     def __enter__(self) -> Reading:
         return self
@@ -83,7 +83,8 @@ class Ceilings:
         self.few_threads[threads] = max(found["gflops"][self._vectors], self.few_threads.get(threads, 0.0))
 
     def reading(self, nbytes: int) -> Reading:
-        return Reading([str(self.program), "--threads", str(self.threads), "--bursts-of", str(nbytes)])
+        command = [str(self.program), "--threads", str(self.threads), "--bursts-of", str(nbytes)]
+        return Reading(command, nbytes)
 
     def _run(self, threads: int, options: list[str]) -> dict[str, Any]:
         command = [str(self.program), "--threads", str(threads), *options]

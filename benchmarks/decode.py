@@ -4,6 +4,8 @@ appending a token costs."""
 from __future__ import annotations
 
 import itertools
+import statistics
+import time
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import replace
 from typing import Any
@@ -17,11 +19,12 @@ from cases import PAGE_SIZES, decode_cases
 from ceilings import Reading
 from peers.base import Peer
 from peers.ours import paged_decode
-from timing import Call, Timing, first_run, interleave, median_ratio
+from timing import Call, Timing, first_run, interleave, median_of_rounds, median_ratio
 
 Row = dict[str, Any]
 
 PAIRS = 15
+LEAST_SECONDS = 3.0  # a case; shares of read are medians of its rounds
 BURST = 10  # calls in a row of a case in cache, timed together
 
 APPEND_CAPACITIES = (1024, 131072)
@@ -62,24 +65,21 @@ def _run_case(
         lists["yardstick"] = ours.decode(replace(case, dtype=yardstick.dtype), yardstick)
     others, missing = prepared_by([peers[name] for name in chosen], case, lambda peer: peer.decode(case, pool))
     calls: dict[str, Call] = {name: _rotating(turn, calls) for name, calls in (lists | others).items()}
-    timings = _time(calls | {"read": read}, case.in_cache, chosen, iters)
-    timings.pop("read")  # with what it takes to ask another process
+    if case.in_cache:
+        calls = {name: _burst(call) for name, call in calls.items()}
+    timings = _time(calls | {"read": read}, chosen, iters)
+    reading_alone = timings.pop("read")
     base = timings.pop("yardstick", None)
     nbytes = case.tokens * pool.bytes_a_token
-    rows = [_row(case, name, timing, nbytes) | {"read_gbs": read.gbs} for name, timing in timings.items()]
+    rows = [_row(case, name, timing, reading_alone, nbytes) for name, timing in timings.items()]
     if base and yardstick:
-        rows[0][f"times_{yardstick.dtype}"] = base.seconds / timings["ours"].seconds
+        rows[0][f"times_{yardstick.dtype}"] = median_of_rounds(base, timings["ours"])
     return rows, missing
 
 
-def _time(calls: dict[str, Call], in_cache: bool, once_if_slow: Collection[str], iters: int) -> dict[str, Timing]:
-    if in_cache:
-        calls = {name: _burst(call) for name, call in calls.items()}
+def _time(calls: dict[str, Call], once_if_slow: Collection[str], iters: int) -> dict[str, Timing]:
     timings = {name: first_run(call) for name, call in calls.items()}
-    interleave(calls, timings, once_if_slow=once_if_slow, iters=iters)
-    if in_cache:
-        for timing in timings.values():
-            timing.seconds /= BURST
+    interleave(calls, timings, once_if_slow=once_if_slow, iters=iters, least_seconds=LEAST_SECONDS)
     return timings
 
 
@@ -88,19 +88,22 @@ def _rotating(turn: Iterator[int], calls: list[Call]) -> Call:
 
 
 def _burst(call: Call) -> Call:
-    def several() -> None:
+    def several() -> float:
+        start = time.perf_counter()
         for _ in range(BURST):
             call()
+        return (time.perf_counter() - start) / BURST
 
     return several
 
 
-def _row(case: DecodeCase, implementation: str, timing: Timing, nbytes: int) -> Row:
+def _row(case: DecodeCase, implementation: str, timing: Timing, read: Timing, nbytes: int) -> Row:
     return {
         "label": case.label, "dtype": case.dtype, "batch": case.batch, "length": case.length, "heads": case.heads,
         "heads_k": case.heads_k, "head_dim": case.head_dim, "in_cache": case.in_cache, "implementation": implementation,
         "ms": timing.seconds * 1e3, "runs": timing.runs, "once": timing.runs == 1, "bytes": nbytes, "flops": case.flops(),
         "gbs": nbytes / timing.seconds * 1e-9, "gflops": case.flops() / timing.seconds * 1e-9,
+        "read_gbs": nbytes / statistics.median(read.rounds) * 1e-9, "of_read": median_of_rounds(read, timing),
         "mlx_peak_mib": timing.peak.mlx_bytes / 2**20, "times_float32": None,
     }  # fmt: skip
 
@@ -122,7 +125,7 @@ def run_paged(case: DecodeCase, pool: CachePool, ours: Peer) -> Row:
 def empty_op_seconds() -> float:
     """MLX's own cost of evaluating one operation, which no attention call can avoid."""
     one = mx.ones((1,))
-    return _time({"empty": lambda: mx.eval(mx.negative(one))}, True, (), 20)["empty"].seconds
+    return _time({"empty": _burst(lambda: mx.eval(mx.negative(one)))}, (), 20)["empty"].seconds
 
 
 def measure_append() -> dict[str, float]:

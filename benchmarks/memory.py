@@ -33,7 +33,7 @@ def _return_freed_memory() -> None:
         libc.malloc_trim(0)
 
 
-def peak_of(call: Callable[[], None]) -> Peak:
+def peak_of(call: Callable[[], object]) -> Peak:
     """How far above the state before it one run of `call` raises each peak."""
     gc.collect()
     _return_freed_memory()

@@ -151,7 +151,6 @@ class Sweep:
         for row in results.cases:
             row["of_ceiling"] = row["gflops"] / ceilings.by_name(row["ceiling"])
         for row in results.decode:
-            row["of_read"] = row["gbs"] / row["read_gbs"]
             row["of_fma"] = row["gflops"] / ceilings.fma_gflops
         few = ceilings.few_threads
         return [

@@ -5,11 +5,12 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from memory import Peak, peak_of
 
-Call = Callable[[], None]
+# May say itself how many seconds it took.
+Call = Callable[[], float | None]
 
 SLOW_SECONDS = 1.0
 
@@ -27,14 +28,15 @@ class Timing:
     seconds: float
     runs: int
     peak: Peak
+    rounds: list[float] = field(default_factory=list)  # the best of each, after the first run
 
 
 def seconds_of(call: Call, settle: float = SETTLE_SECONDS) -> float:
     if settle:
         time.sleep(settle)
     start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
+    said = call()
+    return time.perf_counter() - start if said is None else said
 
 
 def best_seconds_of(call: Call) -> float:
@@ -55,17 +57,29 @@ def first_run(call: Call) -> Timing:
     return timing
 
 
-def interleave(calls: dict[str, Call], timings: dict[str, Timing], once_if_slow: Collection[str], iters: int) -> None:
+def interleave(
+    calls: dict[str, Call], timings: dict[str, Timing], once_if_slow: Collection[str], iters: int,
+    least_seconds: float = LEAST_SECONDS,
+) -> None:  # fmt: skip
     """Improves the first runs by `iters` rounds, more when they are short; a slow one of `once_if_slow` keeps its first."""
     slow = {name for name in once_if_slow if name in timings and timings[name].seconds > SLOW_SECONDS}
     start = time.perf_counter()
     rounds = 0
-    while rounds < iters or (rounds < MOST_ROUNDS * iters and time.perf_counter() - start < LEAST_SECONDS):
+    while rounds < iters or (rounds < MOST_ROUNDS * iters and time.perf_counter() - start < least_seconds):
         rounds += 1
         for name, call in calls.items():
             if name not in slow:
-                timings[name].seconds = min(timings[name].seconds, best_seconds_of(call))
+                seconds = best_seconds_of(call)
+                timings[name].rounds.append(seconds)
+                timings[name].seconds = min(timings[name].seconds, seconds)
                 timings[name].runs += 1
+
+
+def median_of_rounds(numerator: Timing, denominator: Timing) -> float:
+    """The ratio of the times of one round: where the machine's speed changes from round to round, two minima may be of different
+    machines. Of a call without rounds, of the fastest runs."""
+    pairs = list(zip(numerator.rounds, denominator.rounds, strict=False))
+    return statistics.median(a / b for a, b in pairs) if pairs else numerator.seconds / denominator.seconds
 
 
 def median_ratio(numerator: Call, denominator: Call, pairs: int) -> float:

@@ -181,6 +181,18 @@ def test_decode_in_cache_is_the_time_of_one_call(benchmark_module, monkeypatch):
     assert rows[0]["bytes"] == 2 * 64 * 2 * 32 * 4
     assert rows[0]["gbs"] == pytest.approx(rows[0]["bytes"] / rows[0]["ms"] * 1e-6)
     assert rows[0]["read_gbs"] > 0
+    assert rows[0]["of_read"] > 0
+
+
+def test_a_ratio_of_rounds_compares_the_times_of_one_moment(benchmark_module):
+    timing = benchmark_module("timing")
+    peak = timing.Peak(0, None)
+    slow_machine_twice = timing.Timing(1.0, 4, peak, rounds=[1.0, 4.0, 4.0])
+    ours = timing.Timing(1.5, 4, peak, rounds=[2.0, 8.0, 8.0])
+    assert timing.median_of_rounds(slow_machine_twice, ours) == 0.5
+    once = timing.Timing(3.0, 1, peak)
+    assert timing.median_of_rounds(once, ours) == 2.0
+    assert timing.seconds_of(lambda: 0.25, settle=0.0) == 0.25
 
 
 def test_a_peer_that_is_not_installed_is_named_and_skipped(benchmark_module, monkeypatch):
