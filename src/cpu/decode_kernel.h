@@ -142,6 +142,8 @@ FA_INLINE void ask_for_block(const Unit& unit, const KeyTensor& source, const Ke
   for (const char* row : StreamRows(source, keys, 0, unit.kv_head).of_first_head) ask_for(row);
 }
 
+constexpr int steps_before_block = 4;
+
 // visit(step, head, rows, ahead) for all rows of a block, the heads of one step after the other. `ahead` is what the visitor
 // asks for while it reads `rows`, a line for every line: the same streams, `bytes_ahead` on, then the first step of `next`. At
 // this steady rate memory works while the arithmetic does; in bursts, or without, it waits (docs/performance.md).
@@ -151,7 +153,7 @@ FA_INLINE void walk(const Unit& unit, const KeyTensor& source, const KeySlots& k
   const auto bytes = static_cast<int>(row_bytes<dtype>(source.dim));
   const int heads_ahead = clamp_to(bytes_ahead / max_of(1, bytes), 1, unit.kv_heads);
   for (int step = 0; step < keys.steps; ++step) {
-    if (step == keys.steps - 4) ask_for_block(unit, next_source, next_keys);
+    if (step == keys.steps - steps_before_block) ask_for_block(unit, next_source, next_keys);
     const StreamRows here(source, keys, step, unit.kv_head);
     const StreamRows next = step + 1 < keys.steps ? StreamRows(source, keys, step + 1, unit.kv_head)
                                                   : StreamRows(next_source, next_keys, 0, unit.kv_head);

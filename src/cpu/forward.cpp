@@ -61,9 +61,8 @@ void forward_short_units(const Kernels& level, const ForwardPass& pass, int thre
   runs.for_each(threads, [&](const KeyRun& run, int slot) {
     Foreseen next;
     if (run.unit - units.data() + threads < static_cast<std::ptrdiff_t>(units.size())) {
-      next.unit = run.unit + threads;
-      next.keys = visible_keys_of_rows(next.unit->rule, 0, next.unit->rule.seqlen_q);
-      next.rows = {0, next.unit->packed_rows()};
+      const Unit& unit = run.unit[threads];
+      next = {&unit, unit.visible_keys(), {0, unit.packed_rows()}};
     }
     level.forward_rows(pass, {run.unit, nullptr, 0, run.unit->packed_rows(), run.keys, run.is_first, run.partial, next},
                        scratch.get() + slot * scratch_size);

@@ -19,7 +19,7 @@ Nanoseconds work_of(const AttentionProblem& problem, const Unit& unit, std::int6
 }
 
 std::vector<KeyRange> divide(const AttentionProblem& problem, const Unit& unit, std::int32_t granule) {
-  const KeyRange seen = visible_keys_of_rows(unit.rule, 0, unit.rule.seqlen_q);
+  const KeyRange seen = unit.visible_keys();
   const std::int32_t first_granule = seen.begin / granule;
   const std::int32_t granules = seen.begin < seen.end ? (seen.end + granule - 1) / granule - first_granule : 0;
   const std::int64_t keys = seen.end - seen.begin;

@@ -72,7 +72,7 @@ class PackedForward {
 
  private:
   void plan(const Unit& unit, UnitWork& work) const {
-    const KeyRange seen = visible_keys_of_rows(unit.rule, 0, unit.rule.seqlen_q);
+    const KeyRange seen = unit.visible_keys();
     work.unit = &unit;
     work.first_block = seen.begin / pass_.key_block;
     work.blocks = seen.begin < seen.end ? (seen.end - 1) / pass_.key_block + 1 - work.first_block : 0;
@@ -112,7 +112,7 @@ class PackedForward {
     const std::size_t next = next_unit_.load(std::memory_order_relaxed);
     if (next >= work_.size()) return {};
     const UnitWork& unit = work_[next];
-    const KeyRange seen = visible_keys_of_rows(unit.unit->rule, 0, unit.unit->rule.seqlen_q);
+    const KeyRange seen = unit.unit->visible_keys();
     const auto share = [&](std::size_t i) {
       return seen.begin + static_cast<std::int32_t>(std::int64_t{seen.end - seen.begin} * static_cast<std::int64_t>(i) /
                                                     static_cast<std::int64_t>(work.rows.size()));

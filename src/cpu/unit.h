@@ -29,6 +29,9 @@ struct Unit {
 
   std::int32_t rows_of_head() const { return sequence.q.length * group; }
   std::int32_t packed_rows() const { return rows_of_head() * kv_heads; }
+
+  // What all rows see between them.
+  KeyRange visible_keys() const { return visible_keys_of_rows(rule, 0, rule.seqlen_q); }
 };
 
 // Keys that the packed rows [row_begin, row_end) of a unit of one kv head see between them.

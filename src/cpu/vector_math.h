@@ -7,6 +7,14 @@
 namespace flash_attn::cpu::FA_LEVEL {
 namespace {
 
+// By Horner's rule, the coefficient of the highest power first.
+template <class... Coefficients>
+FA_INLINE Vec polynomial(Vec x, float highest, Coefficients... rest) {
+  Vec p = splat(highest);
+  ((p = p * x + rest), ...);
+  return p;
+}
+
 // 2^x for x <= 0 and a little above; exactly 0 below -127, NaN stays NaN. Minimax polynomials of degree 5 that are 1 at 0.
 FA_INLINE Vec exp2_of(Vec x) {
 #if defined(__AVX512DQ__) && FA_VECTOR_BYTES == 64
@@ -14,12 +22,7 @@ FA_INLINE Vec exp2_of(Vec x) {
   constexpr int below = _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC;
   const __mmask16 is_normal = _mm512_cmp_ps_mask(x, splat(-126.0f), _CMP_NLT_UQ);
   const Vec f = _mm512_reduce_ps(x, below);
-  Vec p = splat(0.001867130212f);
-  p = p * f + 0.009017029963f;
-  p = p * f + 0.05579991343f;
-  p = p * f + 0.24016445f;
-  p = p * f + 0.6931513118f;
-  p = p * f + 1.0f;
+  const Vec p = polynomial(f, 0.001867130212f, 0.009017029963f, 0.05579991343f, 0.24016445f, 0.6931513118f, 1.0f);
   return _mm512_maskz_scalef_ps(is_normal, p, x);
 #else
   // 1.7e-7 relative: x is the nearest integer and a rest.
@@ -27,12 +30,7 @@ FA_INLINE Vec exp2_of(Vec x) {
   x = larger_of(splat(-127.0f), x);
   const Vec shifted = x + round_to_integer;
   const Vec f = x - (shifted - round_to_integer);
-  Vec p = splat(0.001326472391f);
-  p = p * f + 0.00967151287f;
-  p = p * f + 0.05550733754f;
-  p = p * f + 0.2402224208f;
-  p = p * f + 0.6931469776f;
-  p = p * f + 1.0f;
+  const Vec p = polynomial(f, 0.001326472391f, 0.00967151287f, 0.05550733754f, 0.2402224208f, 0.6931469776f, 1.0f);
   // A product, not an integer addition to the exponent: 2^-127 is built as 0, and NaN survives it.
   return p * from_bits((bits_of(shifted) << 23) + 0x3f800000);
 #endif
@@ -46,11 +44,8 @@ FA_INLINE Vec log2_of(Vec x) {
   const Vec m = from_bits(bits_of(x) - (exponent << 23));
   const Vec s = (m - 1.0f) / (m + 1.0f);
   const Vec s2 = s * s;
-  Vec p = splat(2.0f / 9.0f * log2_e);
-  p = p * s2 + 2.0f / 7.0f * log2_e;
-  p = p * s2 + 2.0f / 5.0f * log2_e;
-  p = p * s2 + 2.0f / 3.0f * log2_e;
-  p = p * s2 + 2.0f * log2_e;
+  const Vec p =
+      polynomial(s2, 2.0f / 9.0f * log2_e, 2.0f / 7.0f * log2_e, 2.0f / 5.0f * log2_e, 2.0f / 3.0f * log2_e, 2.0f * log2_e);
   return select(is_finite(x), p * s + to_float(exponent), x);
 }
 
@@ -59,17 +54,9 @@ FA_INLINE Vec tanh_of(Vec x) {
   constexpr float limit = 7.90531110763549805f;
   x = smaller_of(splat(limit), larger_of(splat(-limit), x));
   const Vec x2 = x * x;
-  Vec p = splat(-2.76076847742355e-16f);
-  p = p * x2 + 2.00018790482477e-13f;
-  p = p * x2 - 8.60467152213735e-11f;
-  p = p * x2 + 5.12229709037114e-08f;
-  p = p * x2 + 1.48572235717979e-05f;
-  p = p * x2 + 6.37261928875436e-04f;
-  p = p * x2 + 4.89352455891786e-03f;
-  Vec q = splat(1.19825839466702e-06f);
-  q = q * x2 + 1.18534705686654e-04f;
-  q = q * x2 + 2.26843463243900e-03f;
-  q = q * x2 + 4.89352518554385e-03f;
+  const Vec p = polynomial(x2, -2.76076847742355e-16f, 2.00018790482477e-13f, -8.60467152213735e-11f, 5.12229709037114e-08f,
+                           1.48572235717979e-05f, 6.37261928875436e-04f, 4.89352455891786e-03f);
+  const Vec q = polynomial(x2, 1.19825839466702e-06f, 1.18534705686654e-04f, 2.26843463243900e-03f, 4.89352518554385e-03f);
   return x * p / q;
 }
 
