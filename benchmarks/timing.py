@@ -76,8 +76,8 @@ def interleave(
 
 
 def median_of_rounds(numerator: Timing, denominator: Timing) -> float:
-    """The ratio of the times of one round: where the machine's speed changes from round to round, two minima may be of different
-    machines. Of a call without rounds, of the fastest runs."""
+    """The ratio of the times of one round: where the machine's speed changes from round to round, two minima may be of
+    different moments. Of a call without rounds, of the fastest runs."""
     pairs = list(zip(numerator.rounds, denominator.rounds, strict=False))
     return statistics.median(a / b for a, b in pairs) if pairs else numerator.seconds / denominator.seconds
 
