@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from case import Case
+from timing import SelfTimed
 
 FMA, BF16_DOTS, AMX = "f32 FMA", "bf16 dots", "AMX"
 
@@ -31,7 +32,7 @@ def build() -> Path:
     return ROOT / "build" / "benchmarks" / "benchmarks" / "flash_attn_ceilings"
 
 
-class Reading:
+class Reading(SelfTimed):
     """A loop that only reads so many bytes of memory a call, in a process that times it: what a call that reads them as well
     can take turns with. Memory shared with neighbours is twice as fast at some moments as at others."""
 

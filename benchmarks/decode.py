@@ -19,7 +19,7 @@ from cases import PAGE_SIZES, decode_cases
 from ceilings import Reading
 from peers.base import Peer
 from peers.ours import paged_decode
-from timing import Call, Timing, first_run, interleave, median_of_rounds, median_ratio
+from timing import Call, SelfTimed, Timing, first_run, interleave, median_of_rounds, median_ratio
 
 Row = dict[str, Any]
 
@@ -66,7 +66,7 @@ def _run_case(
     others, missing = prepared_by([peers[name] for name in chosen], case, lambda peer: peer.decode(case, pool))
     calls: dict[str, Call] = {name: _rotating(turn, calls) for name, calls in (lists | others).items()}
     if case.in_cache:
-        calls = {name: _burst(call) for name, call in calls.items()}
+        calls = {name: _Burst(call) for name, call in calls.items()}
     timings = _time(calls | {"read": read}, chosen, iters)
     reading_alone = timings.pop("read")
     base = timings.pop("yardstick", None)
@@ -87,14 +87,17 @@ def _rotating(turn: Iterator[int], calls: list[Call]) -> Call:
     return lambda: calls[next(turn) % len(calls)]()
 
 
-def _burst(call: Call) -> Call:
-    def several() -> float:
+class _Burst(SelfTimed):
+    """Of a call that is made several times in a row, the time of one."""
+
+    def __init__(self, call: Call) -> None:
+        self._call = call
+
+    def __call__(self) -> float:
         start = time.perf_counter()
         for _ in range(BURST):
-            call()
+            self._call()
         return (time.perf_counter() - start) / BURST
-
-    return several
 
 
 def _row(case: DecodeCase, implementation: str, timing: Timing, read: Timing, nbytes: int) -> Row:
@@ -125,7 +128,7 @@ def run_paged(case: DecodeCase, pool: CachePool, ours: Peer) -> Row:
 def empty_op_seconds() -> float:
     """MLX's own cost of evaluating one operation, which no attention call can avoid."""
     one = mx.ones((1,))
-    return _time({"empty": _burst(lambda: mx.eval(mx.negative(one)))}, (), 20)["empty"].seconds
+    return _time({"empty": _Burst(lambda: mx.eval(mx.negative(one)))}, (), 20)["empty"].seconds
 
 
 def measure_append() -> dict[str, float]:

@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import statistics
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 
 from memory import Peak, peak_of
 
-# May say itself how many seconds it took.
-Call = Callable[[], float | None]
+Call = Callable[[], object]
+
+
+class SelfTimed(ABC):
+    """A call that returns how many seconds it took."""
+
+    @abstractmethod
+    def __call__(self) -> float: ...
+
 
 SLOW_SECONDS = 1.0
 
@@ -35,8 +43,10 @@ def seconds_of(call: Call, settle: float = SETTLE_SECONDS) -> float:
     if settle:
         time.sleep(settle)
     start = time.perf_counter()
-    said = call()
-    return time.perf_counter() - start if said is None else said
+    if isinstance(call, SelfTimed):
+        return call()
+    call()
+    return time.perf_counter() - start
 
 
 def best_seconds_of(call: Call) -> float:

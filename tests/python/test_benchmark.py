@@ -192,7 +192,17 @@ def test_a_ratio_of_rounds_compares_the_times_of_one_moment(benchmark_module):
     assert timing.median_of_rounds(slow_machine_twice, ours) == 0.5
     once = timing.Timing(3.0, 1, peak)
     assert timing.median_of_rounds(once, ours) == 2.0
-    assert timing.seconds_of(lambda: 0.25, settle=0.0) == 0.25
+
+
+def test_only_a_call_that_times_itself_says_how_long_it_took(benchmark_module):
+    timing = benchmark_module("timing")
+
+    class Quarter(timing.SelfTimed):
+        def __call__(self) -> float:
+            return 0.25
+
+    assert timing.seconds_of(Quarter(), settle=0.0) == 0.25
+    assert timing.seconds_of(lambda: ["what a peer gives"], settle=0.0) < 0.25
 
 
 def test_a_peer_that_is_not_installed_is_named_and_skipped(benchmark_module, monkeypatch):
