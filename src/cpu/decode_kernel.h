@@ -142,7 +142,7 @@ FA_INLINE void ask_for_block(const Unit& unit, const KeyTensor& source, const Ke
   for (const char* row : StreamRows(source, keys, 0, unit.kv_head).of_first_head) ask_for(row);
 }
 
-constexpr int steps_before_block = 4;
+constexpr int steps_before_block = 4;  // when ask_for_block comes
 
 // visit(step, head, rows, ahead) for all rows of a block, the heads of one step after the other. `ahead` is what the visitor
 // asks for while it reads `rows`, a line for every line: the same streams, `bytes_ahead` on, then the first step of `next`. At

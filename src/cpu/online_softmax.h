@@ -133,6 +133,7 @@ struct ResultRows {
   }
 
  private:
+  // Out of line: a tile's rows are unrolled where they are written.
   __attribute__((noinline)) void write_half(char* p, const float* values) const {
     if (are_streamed) {
       stream_row(dtype, p, dim_panel, values);
