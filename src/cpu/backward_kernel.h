@@ -12,17 +12,14 @@
 // dK and dV stay in cache and belong to one thread; dQ is handed from key block to key block, so every sum has one order.
 #pragma once
 
-#include <sched.h>
-
 #include "cpu/gradient_tile.h"
+#include "cpu/wait_until.h"
 
 namespace flash_attn::cpu::FA_LEVEL {
 namespace {
 
 inline void wait_for_turn(const std::int32_t* turn, std::int32_t mine) {
-  for (int spins = 0; __atomic_load_n(turn, __ATOMIC_ACQUIRE) != mine; ++spins) {
-    if (spins > 100) sched_yield();
-  }
+  wait_until([&] { return __atomic_load_n(turn, __ATOMIC_ACQUIRE) == mine; });
 }
 
 template <class Operand>

@@ -137,9 +137,14 @@ struct StreamRows {
   }
 };
 
-// The first lines of a block: it may begin in other pages of memory, whose addresses take time to find.
+// The first and the last line of each stream of a block: they may lie in other pages of memory, whose addresses take time to
+// find. All at once, so that this time passes once.
+template <DType dtype>
 FA_INLINE void ask_for_block(const Unit& unit, const KeyTensor& source, const KeySlots& keys) {
-  for (const char* row : StreamRows(source, keys, 0, unit.kv_head).of_first_head) ask_for(row);
+  const StreamRows first(source, keys, 0, unit.kv_head);
+  const StreamRows last(source, keys, max_of(keys.steps - 1, 0), unit.kv_head + unit.kv_heads - 1);
+  for (const char* row : first.of_first_head) ask_for(row);
+  for (const char* row : last.of_first_head) ask_for(row + row_bytes<dtype>(source.dim) - 1);
 }
 
 constexpr int steps_before_block = 4;  // when ask_for_block comes
@@ -153,7 +158,7 @@ FA_INLINE void walk(const Unit& unit, const KeyTensor& source, const KeySlots& k
   const auto bytes = static_cast<int>(row_bytes<dtype>(source.dim));
   const int heads_ahead = clamp_to(bytes_ahead / max_of(1, bytes), 1, unit.kv_heads);
   for (int step = 0; step < keys.steps; ++step) {
-    if (step == keys.steps - steps_before_block) ask_for_block(unit, next_source, next_keys);
+    if (step == keys.steps - steps_before_block) ask_for_block<dtype>(unit, next_source, next_keys);
     const StreamRows here(source, keys, step, unit.kv_head);
     const StreamRows next = step + 1 < keys.steps ? StreamRows(source, keys, step + 1, unit.kv_head)
                                                   : StreamRows(next_source, next_keys, 0, unit.kv_head);

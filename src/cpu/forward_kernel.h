@@ -33,12 +33,11 @@ inline std::int64_t packed_block_size(const AttentionProblem& problem, std::int3
 
 // K, or K and V with qv; bfloat16 pairs lie in K as they do in its words.
 template <class Operand>
-inline void pack_scored_rows(const AttentionProblem& problem, const AttentionInputs& inputs, const KeyReader& reader,
-                             KeyBlock keys, float* packed) {
+inline void pack_scored_rows(const AttentionProblem& problem, const KeyReader& reader, KeyBlock keys, float* packed) {
   const int dim = problem.scored_dims();
   float buffer[padded_head_dim];
   for (int i = 0; i < keys.size; ++i, packed += words<Operand>(dim)) {
-    reader.fetch_ahead(keys_of(problem, inputs), keys.begin + i);
+    reader.fetch_scored_ahead(keys.begin + i);
     if (const char* pairs = reader.template words_of_key<Operand>(keys.begin + i)) {
       const int used = dim / 2;
       std::memcpy(packed, pairs, static_cast<std::size_t>(used) * sizeof(float));
@@ -54,7 +53,7 @@ inline void pack_keys_values(const ForwardPass& pass, const Unit& unit, std::int
   const AttentionProblem& problem = *pass.problem;
   const KeyBlock keys = {block * pass.key_block, pass.key_block};
   const KeyReader reader(problem, *pass.inputs, unit);
-  pack_scored_rows<Operand>(problem, *pass.inputs, reader, keys, packed);
+  pack_scored_rows<Operand>(problem, reader, keys, packed);
   pack_value_panels<Operand>(reader, values_of(problem, *pass.inputs), unit, keys,
                              packed + packed_keys_size(problem, pass.key_block));
 }

@@ -122,6 +122,10 @@ class KeyReader {
     const KeySlot slot = source.quantization->scales ? KeySlot{-1, 0} : slot_of(key + keys_ahead);
     if (slot.exists()) fetch_row(first_element(source, slot, unit_.kv_head), source.dim * size_of(source.tensor->dtype));
   }
+  FA_INLINE void fetch_scored_ahead(std::int32_t key) const {
+    fetch_ahead(keys_of(problem_, inputs_), key);
+    if (problem_.has_qv) fetch_ahead(values_of(problem_, inputs_), key);
+  }
 
   KeySlot slot_of(std::int32_t key) const {
     const bool seen = seen_.begin <= key && key < seen_.end;

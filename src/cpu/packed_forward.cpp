@@ -8,10 +8,10 @@
 
 #include <algorithm>
 #include <atomic>
-#include <thread>
 
 #include "cpu/buffer.h"
 #include "cpu/parallel.h"
+#include "cpu/wait_until.h"
 
 namespace flash_attn::cpu {
 namespace {
@@ -29,13 +29,6 @@ struct UnitWork {
 
   std::int32_t tasks() const { return blocks + static_cast<std::int32_t>(rows.size()); }
 };
-
-template <class Condition>
-void wait_until(Condition condition) {
-  for (int spins = 0; !condition(); ++spins) {
-    if (spins > 100) std::this_thread::yield();
-  }
-}
 
 class PackedForward {
  public:
