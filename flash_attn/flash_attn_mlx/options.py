@@ -29,7 +29,7 @@ def optional_array(name: str, value: Any) -> mx.array | None:
 
 
 def _number(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+    if isinstance(value, bool) or not isinstance(value, (float, numbers.Real)):  # asking numbers.Real takes far longer
         raise wrong_type(name, value, "a number")
     return float(value)
 
