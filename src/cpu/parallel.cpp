@@ -93,8 +93,8 @@ using std::chrono::microseconds;
 
 // A thread that waits looks for what it waits for so long before it sleeps: waking a sleeping CPU takes half of that.
 constexpr microseconds patience{100};
-// A thread that finds so much time gone was off its CPU, which another wanted: turns last milliseconds, while interrupts and the
-// kernel's own work take tens of microseconds.
+// A thread that finds so much time gone was off its CPU, which another wanted: turns last milliseconds, while interrupts and
+// the kernel's own work take tens of microseconds.
 constexpr microseconds interruption{500};
 // After which it does not look, but sleep at once: who slept gets its CPU back sooner than who used it up by looking.
 constexpr microseconds crowded_spell{100'000};
