@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# Installs the package with pip into a fresh environment and runs its self-test there: scripts/check_pip_install.sh [-e]
+set -euo pipefail
+cd "$(dirname "$0")/.."
+project=$PWD
+
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+
+python3 -m venv "$work/venv"
+"$work/venv/bin/pip" --disable-pip-version-check -q install "$@" "$project"
+cd "$work" # away from the sources
+venv/bin/python -m flash_attn.flash_attn_mlx.device
