@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mlx.core as mx
 import numpy as np
+from flash_attn import PagedKVCache
 
 from case import INT8, DecodeCase
 
@@ -27,6 +28,13 @@ class CachePool:
         self.arrays = [mx.concatenate([x] * blocks) for x in parts]
         mx.eval(self.arrays)
 
+    def moved(self) -> CachePool:
+        """A copy, elsewhere in memory."""
+        copy = object.__new__(CachePool)
+        copy.__dict__ = self.__dict__ | {"arrays": [mx.contiguous(x[::-1]) for x in self.arrays]}
+        mx.eval(copy.arrays)
+        return copy
+
     def caches(self, case: DecodeCase) -> int:
         return 1 if case.in_cache else self.tokens // case.tokens
 
@@ -39,10 +47,13 @@ class CachePool:
         return views
 
     def pages(self, page_size: int) -> list[mx.array]:
-        """All of it: views (pages, page_size, heads_k, ...)."""
-        views = [x.reshape(-1, page_size, *x.shape[1:]) for x in self.arrays]
-        mx.eval(views)
-        return views
+        """A copy of all of it, as this package keeps pages: (pages, page_size, heads_k, ...)."""
+        k = self.arrays[0]
+        cache = PagedKVCache(self.tokens // page_size, page_size, *k.shape[1:], dtype=k.dtype)
+        pages = [cache.k_cache, cache.v_cache] + [x for x in (cache.k_scale, cache.v_scale) if x is not None]
+        for to, content in zip(pages, self.arrays, strict=True):
+            memoryview(to.reshape(-1).view(mx.uint8))[:] = memoryview(content.reshape(-1).view(mx.uint8))
+        return pages
 
 
 def _quantised(arrays: list[mx.array]) -> list[mx.array]:

@@ -30,6 +30,10 @@ MOST_ROUNDS = 8
 SETTLE_SECONDS = 0.02
 SHORT_SECONDS = 0.1
 
+# Each side of a pair is the median of as many calls as fit: single ones of half a millisecond differ by more than pairs shall
+# show.
+PAIR_SECONDS = 0.03
+
 
 @dataclass
 class Timing:
@@ -54,6 +58,13 @@ def best_seconds_of(call: Call) -> float:
     seconds = seconds_of(call)
     again = 2 if seconds < SHORT_SECONDS else 0
     return min([seconds, *(seconds_of(call, settle=0.0) for _ in range(again))])
+
+
+def median_seconds_of(call: Call, least_seconds: float) -> float:
+    """Of as many calls, after the first, as take so long."""
+    first = seconds_of(call)
+    again = max(1, int(least_seconds / first))
+    return statistics.median(seconds_of(call, settle=0.0) for _ in range(again))
 
 
 def first_run(call: Call) -> Timing:
@@ -92,13 +103,11 @@ def median_of_rounds(numerator: Timing, denominator: Timing) -> float:
     return statistics.median(a / b for a, b in pairs) if pairs else numerator.seconds / denominator.seconds
 
 
-def median_ratio(numerator: Call, denominator: Call, pairs: int) -> float:
+def ratios_of_pairs(numerator: Call, denominator: Call, pairs: int) -> list[float]:
     """Of times measured right after each other, which of the two first in turns: finer than the ratio of two minima."""
     ratios = []
     for pair in range(pairs):
-        if pair % 2:
-            below, above = best_seconds_of(denominator), best_seconds_of(numerator)
-        else:
-            above, below = best_seconds_of(numerator), best_seconds_of(denominator)
-        ratios.append(above / below)
-    return statistics.median(ratios)
+        order = (denominator, numerator) if pair % 2 else (numerator, denominator)
+        seconds = {call: median_seconds_of(call, PAIR_SECONDS) for call in order}
+        ratios.append(seconds[numerator] / seconds[denominator])
+    return ratios

@@ -1,12 +1,14 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 #include <utility>
 
 #include "flash_attn/kv_cache.h"
 #include "mlx/ops.h"
 #include "mlx/transforms.h"
 #include "ops/call/require.h"
+#include "ops/graph/aligned_memory.h"
 
 namespace flash_attn {
 namespace {
@@ -42,6 +44,18 @@ mx::Shape page_stop(const mx::array& cache, int page) {
   return stop;
 }
 
+/// Numbers of 8 or 16 bits begin at a page of memory and ask for large ones: pages of tokens are read in random order, and the
+/// processor finds the address of each anew. float32 gains nothing (docs/performance.md).
+mx::array zero_pages(mx::Shape shape, mx::Dtype dtype, mx::StreamOrDevice stream) {
+  if (dtype.size() > 2 || mx::to_stream(stream).device == mx::Device::gpu) return mx::zeros(shape, dtype, stream);
+  constexpr std::size_t page_of_memory = 4096;
+  mx::array pool(std::move(shape), dtype, /*primitive=*/nullptr, /*inputs=*/{});
+  allocate_at(pool, page_of_memory);
+  std::memset(pool.data<char>(), 0, pool.nbytes());
+  pool.set_status(mx::array::Status::available);
+  return pool;
+}
+
 }  // namespace
 
 PagedKVCache::PagedKVCache(const PagedKVCacheOptions& options)
@@ -49,7 +63,7 @@ PagedKVCache::PagedKVCache(const PagedKVCacheOptions& options)
   check(options);
   const auto pool_of = [&](mx::Shape token_shape, mx::Dtype dtype) {
     token_shape.insert(token_shape.begin(), {options.num_pages, options.page_size});
-    return mx::zeros(token_shape, dtype, stream_);
+    return zero_pages(std::move(token_shape), dtype, stream_);
   };
   for (int layer = 0; layer < options.layers; ++layer) {
     k_caches_.push_back(pool_of({options.kv_heads, options.head_dim}, options.dtype));
@@ -123,9 +137,11 @@ void PagedKVCache::copy_pages(const std::vector<PageCopy>& copies) {
 void PagedKVCache::grow(int num_pages) {
   // The allocator last: if memory is short, arrays that have grown already have pages that nobody uses, and no harm is done.
   for (mx::array* cache : arrays()) {
-    const int added = num_pages - cache->shape(0);
-    if (added <= 0) continue;
-    *cache = mx::pad(*cache, {0}, {0}, {added}, mx::array(0, cache->dtype()), "constant", stream_);
+    if (cache->shape(0) >= num_pages) continue;
+    mx::Shape shape = cache->shape();
+    shape[0] = num_pages;
+    *cache = mx::slice_update(zero_pages(std::move(shape), cache->dtype(), stream_), *cache, page_start(*cache, 0),
+                              cache->shape(), stream_);
     cache->eval();  // one at a time, so that only one array is there twice
   }
   pages_.grow(num_pages);

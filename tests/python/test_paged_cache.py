@@ -305,6 +305,20 @@ def test_an_array_outlives_its_cache():
     assert k[0, 0, 0, 0].item() == 5
 
 
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16, mx.int8], ids=str)
+def test_pages_begin_at_a_page_of_memory(dtype):
+    cache = PagedKVCache(100, 16, kv_heads=2, head_dim=64, dtype=dtype)
+
+    def first_bytes() -> list[int]:
+        views = [memoryview(array.reshape(-1).view(mx.uint8)) for array in (cache.k_cache, cache.v_cache)]
+        return [np.frombuffer(view, np.uint8).ctypes.data % 4096 for view in views]
+
+    assert first_bytes() == [0, 0]
+    cache.grow(200)
+    assert first_bytes() == [0, 0]
+    assert not mx.any(cache.k_cache).item()
+
+
 @pytest.mark.parametrize("dtype", [mx.float16, mx.int8], ids=str)
 def test_a_forks_first_token_copies_its_page_and_nothing_else(dtype):
     cache = PagedKVCache(1024, 16, kv_heads=4, head_dim=64, dtype=dtype, layers=2)

@@ -73,12 +73,13 @@ inline bool is_ready(const mx::array& array) {
 /// The values of an int32 array of one or two axes, row after row, if they are ready.
 inline std::optional<std::vector<std::int32_t>> values_if_ready(const mx::array& array) {
   if (!is_ready(array)) return std::nullopt;
-  const std::int64_t columns = array.shape(-1);
-  std::vector<std::int32_t> values(array.size());
-  for (std::size_t i = 0; i < values.size(); ++i) {
-    const auto index = static_cast<std::int64_t>(i);
-    const std::int64_t row_offset = array.ndim() == 2 ? index / columns * array.strides(0) : 0;
-    values[i] = array.data<std::int32_t>()[row_offset + index % columns * array.strides(-1)];
+  const bool is_table = array.ndim() == 2;
+  const std::int64_t row_stride = is_table ? array.strides(0) : 0;
+  const auto* row = array.data<std::int32_t>();
+  std::vector<std::int32_t> values;
+  values.reserve(array.size());
+  for (int i = is_table ? array.shape(0) : 1; i > 0; --i, row += row_stride) {
+    for (int j = 0; j < array.shape(-1); ++j) values.push_back(row[j * array.strides(-1)]);
   }
   return values;
 }
