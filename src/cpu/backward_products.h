@@ -73,8 +73,7 @@ class BackwardProducts {
   template <int N>
   static FA_INLINE void scores(const BlockPair<Operand>& pair, int column, const float* rows_of_keys, int dim_words,
                                const float* transposed, int keys, float scale, float* scores, std::int64_t stride) {
-    staircase_scores<Operand, N>(rows_of_keys, dim_words, transposed, keys, scale, pair.staircase, scores, stride,
-                                 column / lanes);
+    staircase_scores<Operand, N>(rows_of_keys, dim_words, transposed, keys, scale, pair.staircase, scores, stride, column);
   }
 
   // P and dS of a tile as the products below take them.
@@ -239,7 +238,7 @@ class BackwardProducts<MatrixOperand> {
     }
   }
   void keep_all(const BlockPair<MatrixOperand>& pair) const {
-    const int vectors = pair.staircase.vectors;
+    const int vectors = pair.staircase.granules * row_granule / lanes;
     if (vectors % 2 == 1) clear(pair.seen, vectors * lanes, 1);
   }
 

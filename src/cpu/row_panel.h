@@ -22,6 +22,8 @@ struct ScoreScale {
         softcap(problem.softcap > 0 ? problem.softcap * log2_e : 0.0f) {}
 };
 
+constexpr int row_granule = 4;  // rows whose visible keys are known together
+
 struct RowPanel {
   int rows;     // in use; the lanes after them repeat the last one
   int vectors;  // 1 to panel_vectors: lanes computed / lanes
@@ -31,9 +33,9 @@ struct RowPanel {
   // Keys that each row sees; (0, 0) when none.
   std::int32_t key_begin[panel_rows];
   std::int32_t key_end[panel_rows];
-  KeyRange some;                           // keys that a row sees lie in here
-  KeyRange all;                            // keys in here are seen by every row
-  KeyRange some_of_vector[panel_vectors];  // as `some`, of the rows in one vector
+  KeyRange some;                                       // keys that a row sees lie in here
+  KeyRange all;                                        // keys in here are seen by every row
+  KeyRange some_of_granule[panel_rows / row_granule];  // as `some`, of a few rows
 
   float diagonal[panel_rows];    // key position on the row's diagonal, for ALiBi
   float slope_log2[panel_rows];  // ALiBi slope in log2 units
@@ -63,8 +65,8 @@ struct RowPanel {
         }
       }
       KeyRange keys = visible_keys(unit.rule, query[lane]);
-      KeyRange& some_here = some_of_vector[lane / lanes];
-      if (lane % lanes == 0) some_here = {highest_int, lowest_int};
+      KeyRange& some_here = some_of_granule[lane / row_granule];
+      if (lane % row_granule == 0) some_here = {highest_int, lowest_int};
       if (keys.begin >= keys.end) {
         keys = {0, 0};
       } else {

@@ -1,4 +1,5 @@
-// The edge of what is visible, in steps of a vector of rows: products leave out vectors that see none of a few keys.
+// The edge of what is visible, in steps of a few rows: products leave out rows that see none of a few keys, and keys that none
+// of a few rows sees.
 #pragma once
 
 #include "cpu/products.h"
@@ -14,49 +15,50 @@ struct RowSpan {
 
 // Of a tile of keys and the rows of up to four panels.
 struct Staircase {
-  static constexpr int max_vectors = 4 * panel_vectors;
-
-  int vectors = 0;
-  KeyRange seen[max_vectors];  // keys that some row of each vector sees, counted from the tile's first; begin >= end: none
+  int granules = 0;
+  KeyRange seen[4 * panel_rows /
+                row_granule];  // keys that one of a few rows sees, counted from the tile's first; begin >= end: none
 
   void add(const RowPanel& panel, std::int32_t key_begin, int keys) {
-    for (int v = 0; v < panel.vectors; ++v) {
-      const KeyRange& some = panel.some_of_vector[v];
-      seen[vectors++] = {clamp_to(some.begin, key_begin, key_begin + keys) - key_begin,
-                         clamp_to(some.end, key_begin, key_begin + keys) - key_begin};
+    for (int i = 0; i < panel.width() / row_granule; ++i) {
+      const KeyRange& some = panel.some_of_granule[i];
+      seen[granules++] = {clamp_to(some.begin, key_begin, key_begin + keys) - key_begin,
+                          clamp_to(some.end, key_begin, key_begin + keys) - key_begin};
     }
   }
 
   // Keys that one of the rows [row, row + count) may see.
   KeyRange keys_of_rows(int row, int count) const {
     KeyRange keys = {highest_int, 0};
-    for (int v = row / lanes; v <= (row + count - 1) / lanes && v < vectors; ++v) {
-      keys = {min_of(keys.begin, seen[v].begin), max_of(keys.end, seen[v].end)};
+    for (int i = row / row_granule; i <= (row + count - 1) / row_granule && i < granules; ++i) {
+      keys = {min_of(keys.begin, seen[i].begin), max_of(keys.end, seen[i].end)};
     }
     return keys.begin < keys.end ? keys : KeyRange{0, 0};
   }
 
-  // Rows that may see one of the keys [key, key + count), whole vectors of those from `first` on.
-  RowSpan rows_of_keys(int key, int count, int first = 0) const { return rows_of_keys(key, count, first, vectors); }
-  RowSpan rows_of_keys(int key, int count, int first, int last) const {
-    const auto sees = [&](int v) { return seen[v].begin < seen[v].end && seen[v].end > key && seen[v].begin < key + count; };
+  // Rows that may see one of the keys [key, key + count).
+  RowSpan rows_of_keys(int key, int count) const { return rows_of_keys(key, count, {0, granules * row_granule}); }
+  RowSpan rows_of_keys(int key, int count, RowSpan among) const {
+    const auto sees = [&](int i) { return seen[i].begin < seen[i].end && seen[i].end > key && seen[i].begin < key + count; };
+    int first = among.begin / row_granule;
+    int last = among.end / row_granule;
     while (first < last && !sees(first)) ++first;
     while (first < last && !sees(last - 1)) --last;
-    return {first * lanes, last * lanes};
+    return {first * row_granule, last * row_granule};
   }
 };
 
-// S^T [keys][stride] = scale K [keys][dim words] Q^T [dim words][N vectors], of a panel whose first vector is `first_vector` of
-// the staircase. 0 where a tile leaves vectors out: what none of their rows sees is masked after.
+// S^T [keys][stride] = scale K [keys][dim words] Q^T [dim words][N vectors], of a panel whose first row is `first_row` of the
+// staircase. 0 where a tile leaves vectors out: what none of their rows sees is masked after.
 template <class Operand, int N, class Ahead = NoRowsAhead>
 inline void staircase_scores(const float* k, int dim_words, const float* q_transposed, int keys, float scale,
-                             const Staircase& steps, float* scores, std::int64_t stride, int first_vector = 0,
+                             const Staircase& steps, float* scores, std::int64_t stride, int first_row = 0,
                              Ahead&& ahead = {}) {
   constexpr int M = score_keys<N>;
   for (int key = 0; key < keys; key += M) {
-    const RowSpan rows = steps.rows_of_keys(key, M, first_vector, first_vector + N);
-    const int first = rows.begin / lanes - first_vector;
-    const int count = (rows.end - rows.begin) / lanes;
+    const RowSpan rows = steps.rows_of_keys(key, M, {first_row, first_row + N * lanes});
+    const int first = (rows.begin - first_row) / lanes;
+    const int count = (rows.end - first_row + lanes - 1) / lanes - first;
     float* tile = scores + key * stride;
     unroll<N>([&](auto fewer) {
       constexpr int W = N - fewer;
