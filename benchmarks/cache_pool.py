@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import mlx.core as mx
 import numpy as np
 from flash_attn import PagedKVCache
@@ -29,11 +31,11 @@ class CachePool:
         mx.eval(self.arrays)
 
     def moved(self) -> CachePool:
-        """A copy, elsewhere in memory."""
-        copy = object.__new__(CachePool)
-        copy.__dict__ = self.__dict__ | {"arrays": [mx.contiguous(x[::-1]) for x in self.arrays]}
-        mx.eval(copy.arrays)
-        return copy
+        """The same tokens from last to first, elsewhere in memory."""
+        moved = copy.copy(self)
+        moved.arrays = [mx.contiguous(x[::-1]) for x in self.arrays]
+        mx.eval(moved.arrays)
+        return moved
 
     def caches(self, case: DecodeCase) -> int:
         return 1 if case.in_cache else self.tokens // case.tokens

@@ -24,7 +24,7 @@ from timing import Call, SelfTimed, Timing, first_run, interleave, median_of_rou
 Row = dict[str, Any]
 
 PAIRS = 15
-PLACES = 3
+PLACES = 3  # in memory, for as many pairs each
 LEAST_SECONDS = 3.0  # a case; shares of read are medians of its rounds
 BURST = 10  # calls in a row of a case in cache, timed together
 

@@ -16,8 +16,8 @@ struct RowSpan {
 // Of a tile of keys and the rows of up to four panels.
 struct Staircase {
   int granules = 0;
-  KeyRange seen[4 * panel_rows /
-                row_granule];  // keys that one of a few rows sees, counted from the tile's first; begin >= end: none
+  // Keys that one of a few rows sees, counted from the tile's first; begin >= end: none.
+  KeyRange seen[4 * panel_rows / row_granule];
 
   void add(const RowPanel& panel, std::int32_t key_begin, int keys) {
     for (int i = 0; i < panel.width() / row_granule; ++i) {
