@@ -12,16 +12,20 @@
 #include "ops/call/inputs.h"
 #include "ops/call/require.h"
 #include "ops/graph/aligned_memory.h"
+#include "ops/metal/launch.h"
 
 namespace flash_attn {
 
 using Arrays = std::vector<mx::array>;
 
-/// Kernels read the small arrays as plain runs of values. One that is so already gets no node: each costs a call microseconds.
+/// Kernels read the small arrays as plain runs of values. On a CPU one that is so already gets no node: each costs a call
+/// microseconds. On Metal it does: without, MLX evaluates queued steps of a cache in an order in which each copies it.
 inline OptionalInputs with_contiguous_vectors(OptionalInputs optional, mx::Stream stream) {
+  const bool always = runs_on_metal(stream);
   for (const auto& [member, is_run, name] : optional_inputs) {
     auto& array = optional.*member;
-    if (!array || !is_run || (is_ready(*array) && array->flags().row_contiguous)) continue;
+    if (!array || !is_run) continue;
+    if (!always && is_ready(*array) && array->flags().row_contiguous) continue;
     array = mx::contiguous(*array, false, stream);
   }
   return optional;
