@@ -48,8 +48,14 @@ class CachePool:
         mx.eval(views)
         return views
 
+    def paged_views(self, page_size: int) -> list[mx.array]:
+        """All of it where it lies: (pages, page_size, heads_k, ...)."""
+        views = [x.reshape(-1, page_size, *x.shape[1:]) for x in self.arrays]
+        mx.eval(views)
+        return views
+
     def pages(self, page_size: int) -> list[mx.array]:
-        """A copy of all of it, as this package keeps pages: (pages, page_size, heads_k, ...)."""
+        """A copy of it, as this package keeps pages."""
         k = self.arrays[0]
         cache = PagedKVCache(self.tokens // page_size, page_size, *k.shape[1:], dtype=k.dtype)
         pages = [cache.k_cache, cache.v_cache] + [x for x in (cache.k_scale, cache.v_scale) if x is not None]

@@ -105,9 +105,8 @@ def decode_table(rows: list[Row], verdicts: Verdicts) -> str:
 
 
 def paged_table(rows: list[Row]) -> str:
-    sizes = list(rows[0]["paged_time"])
-    columns = ("case", *(f"pages of {size}" for size in sizes))
-    return table(columns, [[row["label"], *(f"{row['paged_time'][size]:.3f}" for size in sizes)] for row in rows])
+    pools = list(rows[0]["paged_time"])
+    return table(("case", *pools), [[row["label"], *(f"{row['paged_time'][pages]:.3f}" for pages in pools)] for row in rows])
 
 
 def others_table(targets: list[Row]) -> str:

@@ -10,7 +10,6 @@ from rich.console import Console
 from rich.table import Table
 
 from case import DTYPE_NAMES, FORWARD, PASSES
-from cases import PAGE_SIZES
 from ceilings import Ceilings
 from kv_bench import COLUMNS, summary
 from peers import TITLES
@@ -161,7 +160,7 @@ def print_decode(console: Console, rows: list[Row]) -> None:
 
 
 def paged_line(row: Row) -> str:
-    ratios = ", ".join(f"pages of {size} {row['paged_time'][str(size)]:.3f}" for size in PAGE_SIZES)
+    ratios = "; ".join(f"{pages} {ratio:.3f}" for pages, ratio in row["paged_time"].items())
     return f"{row['label']:43} time over the contiguous cache's, median of interleaved pairs: {ratios}"
 
 

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from case import FORWARD, FORWARD_BACKWARD, INT8
-from cases import PAGE_SIZES
 from peers import TITLES
 
 Row = dict[str, Any]
@@ -152,9 +151,9 @@ PAGED_TIME = 1.04
 
 def evaluate_paged(rows: list[Row]) -> list[Target]:
     return [
-        Target(f"{row['label']}, pages of {size}", "x contiguous time", PAGED_TIME, row["paged_time"][str(size)], at_most=True)
+        Target(f"{row['label']}, {pages}", "x contiguous time", PAGED_TIME, ratio, at_most=True)
         for row in rows
-        for size in PAGE_SIZES
+        for pages, ratio in row["paged_time"].items()
     ]
 
 

@@ -103,11 +103,13 @@ def median_of_rounds(numerator: Timing, denominator: Timing) -> float:
     return statistics.median(a / b for a, b in pairs) if pairs else numerator.seconds / denominator.seconds
 
 
-def ratios_of_pairs(numerator: Call, denominator: Call, pairs: int) -> list[float]:
-    """Of times measured right after each other, which of the two first in turns: finer than the ratio of two minima."""
-    ratios = []
+def ratios_of_pairs(numerators: dict[str, Call], denominator: Call, pairs: int) -> dict[str, list[float]]:
+    """Of times measured right after each other, which of them first in turns: finer than the ratio of two minima."""
+    ratios: dict[str, list[float]] = {name: [] for name in numerators}
+    calls = [denominator, *numerators.values()]
     for pair in range(pairs):
-        order = (denominator, numerator) if pair % 2 else (numerator, denominator)
-        seconds = {call: median_seconds_of(call, PAIR_SECONDS) for call in order}
-        ratios.append(seconds[numerator] / seconds[denominator])
+        first = pair % len(calls)
+        seconds = {call: median_seconds_of(call, PAIR_SECONDS) for call in calls[first:] + calls[:first]}
+        for name, call in numerators.items():
+            ratios[name].append(seconds[call] / seconds[denominator])
     return ratios

@@ -49,9 +49,8 @@ class Ours(Peer):
         return [attend(pool.cache(case, index)) for index in range(pool.caches(case))]
 
 
-def paged_decode(case: DecodeCase, pool: CachePool, page_size: int) -> list[Call]:
-    """Ours on the pool's caches, each through a table of its pages in random order."""
-    pages = pool.pages(page_size)
+def paged_decode(case: DecodeCase, pool: CachePool, page_size: int, pages: list[mx.array]) -> list[Call]:
+    """Ours on the pool's caches, each through a table of its `pages` in random order."""
     blocks = case.tokens // page_size
     rng = np.random.default_rng(2)
     tables = [

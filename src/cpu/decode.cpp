@@ -8,6 +8,7 @@
 #include <cstdlib>
 
 #include "cpu/buffer.h"
+#include "cpu/first_cache.h"
 #include "cpu/key_runs.h"
 #include "cpu/sequences.h"
 
@@ -64,8 +65,9 @@ void decode_sequences(const Kernels& level, const DecodePass& pass, int threads,
   const KeyRuns runs(level, problem, units, /*granule=*/1);
   const std::int64_t scratch_size = (level.decode_scratch_size(pass, most_rows) + 15) / 16 * 16;
   const Buffer scratch = allocate(scratch_size * threads);
+  const bool into_l1 = has_large_first_cache();
   runs.for_each(threads, [&](const KeyRun& run, int slot) {
-    level.decode(pass, {run.unit, run.keys, run.is_first, run.partial}, scratch.get() + slot * scratch_size);
+    level.decode(pass, {run.unit, run.keys, run.is_first, run.partial, into_l1}, scratch.get() + slot * scratch_size);
   });
   runs.combine(pass, threads);
 }

@@ -139,39 +139,39 @@ struct StreamRows {
 
 // The first and the last line of each stream of a block: they may lie in other pages of memory, whose addresses take time to
 // find. All at once, so that this time passes once.
-template <DType dtype>
+template <class Later, DType dtype>
 FA_INLINE void ask_for_block(const Unit& unit, const KeyTensor& source, const KeySlots& keys) {
   const StreamRows first(source, keys, 0, unit.kv_head);
   const StreamRows last(source, keys, max_of(keys.steps - 1, 0), unit.kv_head + unit.kv_heads - 1);
-  for (const char* row : first.of_first_head) ask_for(row);
-  for (const char* row : last.of_first_head) ask_for(row + row_bytes<dtype>(source.dim) - 1);
+  Later{first.of_first_head}.template ask<walk_keys>(0);
+  Later{last.of_first_head}.template ask<walk_keys>(row_bytes<dtype>(source.dim) - 1);
 }
 
 constexpr int steps_before_block = 4;  // when ask_for_block comes
 
-// visit(step, head, rows, ahead) for all rows of a block, the heads of one step after the other. `ahead` is what the visitor
-// asks for while it reads `rows`, a line for every line: the same streams, `bytes_ahead` on, then the first step of `next`. At
-// this steady rate memory works while the arithmetic does; in bursts, or without, it waits (docs/performance.md).
-template <DType dtype, class Visit>
+// visit(step, head, rows, later) for all rows of a block, the heads of one step after the other. `later` is what the visitor
+// asks for while it reads `rows`, a line for every line: the same streams, Later::bytes_ahead on, then the first step of
+// `next`. At this steady rate memory works while the arithmetic does; in bursts, or without, it waits (docs/performance.md).
+template <class Later, DType dtype, class Visit>
 FA_INLINE void walk(const Unit& unit, const KeyTensor& source, const KeySlots& keys, const KeyTensor& next_source,
                     const KeySlots& next_keys, Visit visit) {
   const auto bytes = static_cast<int>(row_bytes<dtype>(source.dim));
-  const int heads_ahead = clamp_to(bytes_ahead / max_of(1, bytes), 1, unit.kv_heads);
+  const int heads_ahead = clamp_to(Later::bytes_ahead / max_of(1, bytes), 1, unit.kv_heads);
   for (int step = 0; step < keys.steps; ++step) {
-    if (step == keys.steps - steps_before_block) ask_for_block<dtype>(unit, next_source, next_keys);
+    if (step == keys.steps - steps_before_block) ask_for_block<Later, dtype>(unit, next_source, next_keys);
     const StreamRows here(source, keys, step, unit.kv_head);
     const StreamRows next = step + 1 < keys.steps ? StreamRows(source, keys, step + 1, unit.kv_head)
                                                   : StreamRows(next_source, next_keys, 0, unit.kv_head);
     KeyRow<dtype> rows[walk_keys];
     for (int i = 0; i < walk_keys; ++i) rows[i] = KeyRow<dtype>(source, keys.slot(step, i), unit.kv_head);
     for (int head = 0; head < unit.kv_heads; ++head) {
-      const int head_ahead = head + heads_ahead;
-      const bool is_here = head_ahead < unit.kv_heads;
+      const int head_later = head + heads_ahead;
+      const bool is_here = head_later < unit.kv_heads;
       const StreamRows& place = is_here ? here : next;
-      const std::int64_t offset = (is_here ? head_ahead : head_ahead - unit.kv_heads) * place.head_bytes;
-      const char* ahead[walk_keys];
-      for (int i = 0; i < walk_keys; ++i) ahead[i] = place.of_first_head[i] + offset;
-      visit(step, head, rows, ahead);
+      const std::int64_t offset = (is_here ? head_later : head_later - unit.kv_heads) * place.head_bytes;
+      const char* later[walk_keys];
+      for (int i = 0; i < walk_keys; ++i) later[i] = place.of_first_head[i] + offset;
+      visit(step, head, rows, Later{later});
       if (head + 1 < unit.kv_heads) {
         for (int i = 0; i < walk_keys; ++i) rows[i].next_head();
       }
@@ -179,7 +179,7 @@ FA_INLINE void walk(const Unit& unit, const KeyTensor& source, const KeySlots& k
   }
 }
 
-template <DType k_dtype, DType v_dtype>
+template <class Later, DType k_dtype, DType v_dtype>
 inline void score_block(const DecodePass& pass, const Unit& unit, const KeySlots& keys, DecodeState& state) {
   const AttentionProblem& problem = *pass.problem;
   const float scale = ScoreScale(problem).query;
@@ -188,10 +188,10 @@ inline void score_block(const DecodePass& pass, const Unit& unit, const KeySlots
   const std::int64_t stride = state.sizes.score_stride;
   const int rows = unit.rows_of_head();
   const auto multiply = [&]<DType dtype>(const KeyTensor& source, const float* q, std::int64_t q_stride, bool add) {
-    walk<dtype>(unit, source, keys, v, keys, [&](int step, int head, const KeyRow<dtype>* key_rows, const char* const* ahead) {
+    walk<Later, dtype>(unit, source, keys, v, keys, [&](int step, int head, const KeyRow<dtype>* key_rows, Later later) {
       for_each_row_tile(rows, [&](int tile, auto count) {
         const int row = head * rows + tile;
-        dots<dtype, count>(key_rows, ahead, q + row * q_stride, q_stride, source.dim, scale, add,
+        dots<dtype, count>(key_rows, later, q + row * q_stride, q_stride, source.dim, scale, add,
                            state.scores + step * stride + row, keys.steps * stride);
       });
     });
@@ -232,17 +232,17 @@ inline void softmax_block(const DecodePass& pass, const Unit& unit, const KeySlo
 }
 
 // `next`: the block whose keys are read after these values.
-template <DType v_dtype>
+template <class Later, DType v_dtype>
 inline void value_block(const DecodePass& pass, const Unit& unit, const KeySlots& keys, const KeySlots& next,
                         DecodeState& state) {
   const KeyTensor k = keys_of(*pass.problem, *pass.inputs);
   const KeyTensor v = values_of(*pass.problem, *pass.inputs);
   const std::int64_t stride = state.sizes.score_stride;
   const int rows = unit.rows_of_head();
-  walk<v_dtype>(unit, v, keys, k, next, [&](int step, int head, const KeyRow<v_dtype>* value_rows, const char* const* ahead) {
+  walk<Later, v_dtype>(unit, v, keys, k, next, [&](int step, int head, const KeyRow<v_dtype>* value_rows, Later later) {
     for_each_row_tile(rows, [&](int tile, auto count) {
       const int row = head * rows + tile;
-      add_values<v_dtype, count>(value_rows, ahead, keys.streams(step), state.scores + step * stride + row, keys.steps * stride,
+      add_values<v_dtype, count>(value_rows, later, keys.streams(step), state.scores + step * stride + row, keys.steps * stride,
                                  step == 0 ? state.alpha + row : nullptr, v.dim, state.o + row * state.sizes.o_stride,
                                  state.sizes.o_stride);
     });
@@ -260,7 +260,7 @@ inline void finish_rows(const DecodePass& pass, const DecodeTask& task, DecodeSt
   }
 }
 
-template <DType k_dtype, DType v_dtype = k_dtype>
+template <class Later, DType k_dtype, DType v_dtype = k_dtype>
 inline void decode_rows(const DecodePass& pass, const DecodeTask& task, float* scratch) {
   const Unit& unit = *task.unit;
   const ScoreSteps steps(*pass.problem, *pass.inputs);
@@ -273,31 +273,40 @@ inline void decode_rows(const DecodePass& pass, const DecodeTask& task, float* s
     KeySlots& next = blocks[1 - i];
     const std::int32_t end = keys.begin + keys.count;
     next = KeySlots(pass, unit, end, min_of(decode_block, task.keys.end - end));
-    score_block<k_dtype, v_dtype>(pass, unit, keys, state);
+    score_block<Later, k_dtype, v_dtype>(pass, unit, keys, state);
     softmax_block(pass, unit, keys, steps, state);
-    value_block<v_dtype>(pass, unit, keys, next.count > 0 ? next : keys, state);
+    value_block<Later, v_dtype>(pass, unit, keys, next.count > 0 ? next : keys, state);
   }
   finish_rows<v_dtype>(pass, task, state);
 }
 
 // Of the dtypes of a cache, only the two with MLX's codes may be mixed.
-inline void decode(const DecodePass& pass, const DecodeTask& task, float* scratch) {
+template <class Later>
+inline void decode_dtypes(const DecodePass& pass, const DecodeTask& task, float* scratch) {
   const DType v_dtype = pass.inputs->v.dtype;
   switch (pass.inputs->k.dtype) {
     case DType::float32:
-      return decode_rows<DType::float32>(pass, task, scratch);
+      return decode_rows<Later, DType::float32>(pass, task, scratch);
     case DType::bfloat16:
-      return decode_rows<DType::bfloat16>(pass, task, scratch);
+      return decode_rows<Later, DType::bfloat16>(pass, task, scratch);
     case DType::float16:
-      return decode_rows<DType::float16>(pass, task, scratch);
+      return decode_rows<Later, DType::float16>(pass, task, scratch);
     case DType::int8:
-      return decode_rows<DType::int8>(pass, task, scratch);
+      return decode_rows<Later, DType::int8>(pass, task, scratch);
     case DType::affine8:
-      if (v_dtype == DType::affine4) return decode_rows<DType::affine8, DType::affine4>(pass, task, scratch);
-      return decode_rows<DType::affine8>(pass, task, scratch);
+      if (v_dtype == DType::affine4) return decode_rows<Later, DType::affine8, DType::affine4>(pass, task, scratch);
+      return decode_rows<Later, DType::affine8>(pass, task, scratch);
     default:
-      if (v_dtype == DType::affine8) return decode_rows<DType::affine4, DType::affine8>(pass, task, scratch);
-      return decode_rows<DType::affine4>(pass, task, scratch);
+      if (v_dtype == DType::affine8) return decode_rows<Later, DType::affine4, DType::affine8>(pass, task, scratch);
+      return decode_rows<Later, DType::affine4>(pass, task, scratch);
+  }
+}
+
+inline void decode(const DecodePass& pass, const DecodeTask& task, float* scratch) {
+  if (task.into_l1) {
+    decode_dtypes<RowsLater<true>>(pass, task, scratch);
+  } else {
+    decode_dtypes<RowsLater<false>>(pass, task, scratch);
   }
 }
 

@@ -1,6 +1,6 @@
 // What the two products of attention for a few query rows share. They read K and V where they lie: head dims in the lanes,
-// every row of K and V loaded once for up to `tile_rows` query rows. With every line that they read they ask for one of
-// `ahead`, the rows that are read later.
+// every row of K and V loaded once for up to `tile_rows` query rows. With every line that they read they ask for one that is
+// read later.
 #pragma once
 
 #include "cpu/key_row.h"
@@ -13,16 +13,22 @@ constexpr int tile_rows = 4;
 // Keys that are walked side by side: whole tiles of dots for every number of rows, and whole pairs.
 constexpr int walk_keys = 6;
 
-// How far ahead in each row memory is asked for a line, and into which cache (docs/performance.md).
-#if FA_BFLOAT16_TILES  // Intel, whose L1 is larger
-constexpr int bytes_ahead = 1024;
-constexpr int cache_ahead = 3;  // L1
-#else
-constexpr int bytes_ahead = 4096;
-constexpr int cache_ahead = 2;  // L2
-#endif
+// What is read some way after `walk_keys` rows: a row for each of them, whose lines are asked for meanwhile. What comes into a
+// small L1 pushes out queries and outputs in use, so there it is asked for L2, and earlier (docs/performance.md).
+template <bool into_l1>
+struct RowsLater {
+  static constexpr int bytes_ahead = into_l1 ? 1024 : 4096;
 
-FA_INLINE void ask_for(const char* line) { __builtin_prefetch(line, 0, cache_ahead); }
+  const char* const* first;
+
+  FA_INLINE RowsLater from(int key) const { return {first + key}; }
+  // A line of each of the first `count` rows.
+  template <int count>
+  FA_INLINE void ask(std::int64_t byte) const {
+#pragma GCC unroll 8
+    for (int i = 0; i < count; ++i) __builtin_prefetch(first[i] + byte, 0, into_l1 ? 3 : 2);
+  }
+};
 
 // The kernel for `rows` rows, tile by tile: visit(row, M as a constant).
 template <class Visit>

@@ -24,8 +24,8 @@ FA_INLINE Part sums_of_lanes(Vec a, Vec b, Vec c, Vec d) {
 }
 
 // acc[key][row] += K_key . Q_row, a vector of partial sums. q [M][q_stride], zeros after the last dim.
-template <DType dtype, int K, int M>
-FA_INLINE void add_dots(const KeyRow<dtype>* keys, const char* const* ahead, const float* q, std::int64_t q_stride, int dim,
+template <DType dtype, int K, int M, class Later>
+FA_INLINE void add_dots(const KeyRow<dtype>* keys, Later later, const float* q, std::int64_t q_stride, int dim,
                         Vec (&acc)[K][M]) {
   const auto add = [&](int d, const Vec(&k)[K]) {
 #pragma GCC unroll 4
@@ -40,10 +40,8 @@ FA_INLINE void add_dots(const KeyRow<dtype>* keys, const char* const* ahead, con
   if constexpr (multiplies_pairs<dtype>) {
     for (; d < paired_dims<dtype>(dim); d += 2 * lanes) {
 #pragma GCC unroll 8
-      for (int i = 0; i < K; ++i) {
-        k[i] = keys[i].load_words(d);
-        ask_for(ahead[i] + row_bytes<dtype>(d));
-      }
+      for (int i = 0; i < K; ++i) k[i] = keys[i].load_words(d);
+      later.template ask<K>(row_bytes<dtype>(d));
 #pragma GCC unroll 4
       for (int m = 0; m < M; ++m) {
         const Vec row = load(q + m * q_stride + d / 2);
@@ -56,20 +54,16 @@ FA_INLINE void add_dots(const KeyRow<dtype>* keys, const char* const* ahead, con
     for (; d < paired_dims<dtype>(dim); d += 2 * lanes) {
       unroll<2>([&](auto odd) {
 #pragma GCC unroll 8
-        for (int i = 0; i < K; ++i) {
-          k[i] = keys[i].template load_pair<odd>(d);
-          if (!odd) ask_for(ahead[i] + row_bytes<dtype>(d));
-        }
+        for (int i = 0; i < K; ++i) k[i] = keys[i].template load_pair<odd>(d);
+        if (!odd) later.template ask<K>(row_bytes<dtype>(d));
         add(d + odd * lanes, k);
       });
     }
   }
   for (; d + lanes <= dim; d += lanes) {
 #pragma GCC unroll 8
-    for (int i = 0; i < K; ++i) {
-      k[i] = keys[i].load(d);
-      ask_for(ahead[i] + row_bytes<dtype>(d));
-    }
+    for (int i = 0; i < K; ++i) k[i] = keys[i].load(d);
+    later.template ask<K>(row_bytes<dtype>(d));
     add(d, k);
   }
   if constexpr (KeyRow<dtype>::has_tail) {
@@ -80,11 +74,11 @@ FA_INLINE void add_dots(const KeyRow<dtype>* keys, const char* const* ahead, con
 }
 
 // scores[key * stride + row] = scale * K_key . Q_row, or added to what is there.
-template <DType dtype, int K, int M>
-FA_INLINE void dots_tile(const KeyRow<dtype>* keys, const char* const* ahead, const float* q, std::int64_t q_stride, int dim,
-                         float scale, bool add, float* scores, std::int64_t stride) {
+template <DType dtype, int K, int M, class Later>
+FA_INLINE void dots_tile(const KeyRow<dtype>* keys, Later later, const float* q, std::int64_t q_stride, int dim, float scale,
+                         bool add, float* scores, std::int64_t stride) {
   Vec acc[K][M] = {};
-  add_dots<dtype, K, M>(keys, ahead, q, q_stride, dim, acc);
+  add_dots<dtype, K, M>(keys, later, q, q_stride, dim, acc);
   if constexpr (M == tile_rows) {
 #pragma GCC unroll 8
     for (int key = 0; key < K; ++key) {
@@ -114,11 +108,11 @@ FA_INLINE void dots_tile(const KeyRow<dtype>* keys, const char* const* ahead, co
   }
 }
 
-template <DType dtype, int M>
-inline void dots(const KeyRow<dtype>* keys, const char* const* ahead, const float* q, std::int64_t q_stride, int dim,
-                 float scale, bool add, float* scores, std::int64_t stride) {
+template <DType dtype, int M, class Later>
+inline void dots(const KeyRow<dtype>* keys, Later later, const float* q, std::int64_t q_stride, int dim, float scale, bool add,
+                 float* scores, std::int64_t stride) {
   for (int key = 0; key < walk_keys; key += dot_keys<M>) {
-    dots_tile<dtype, dot_keys<M>, M>(keys + key, ahead + key, q, q_stride, dim, scale, add, scores + key * stride, stride);
+    dots_tile<dtype, dot_keys<M>, M>(keys + key, later.from(key), q, q_stride, dim, scale, add, scores + key * stride, stride);
   }
 }
 

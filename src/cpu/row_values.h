@@ -45,10 +45,9 @@ FA_INLINE void for_each_key(int keys, Visit visit) {
 }
 
 // o[row][d] = rescale[row] * o[row][d] + sum over keys of p[key][row] * V_key[d], for W vectors of dims.
-template <DType dtype, int M, int W>
-FA_INLINE void add_values_tile(const KeyRow<dtype>* values, const char* const* ahead, int keys, const float* p,
-                               std::int64_t p_stride, const float* rescale, std::int64_t d, int tail, float* o,
-                               std::int64_t o_stride) {
+template <DType dtype, int M, int W, class Later>
+FA_INLINE void add_values_tile(const KeyRow<dtype>* values, Later later, int keys, const float* p, std::int64_t p_stride,
+                               const float* rescale, std::int64_t d, int tail, float* o, std::int64_t o_stride) {
   OutputTile<M, W> tile(o + d, o_stride, rescale);
   for_each_key<1>(
       keys, [&](int key) __attribute__((always_inline)) {
@@ -63,8 +62,9 @@ FA_INLINE void add_values_tile(const KeyRow<dtype>* values, const char* const* a
             v[w] = row.load(w * lanes);
           }
         });
-        const char* row_ahead = ahead[key] + row_bytes<dtype>(d);
-        for (int byte = 0; byte < row_bytes<dtype>(W * lanes); byte += cache_line) ask_for(row_ahead + byte);
+        for (int byte = 0; byte < row_bytes<dtype>(W * lanes); byte += cache_line) {
+          later.from(key).template ask<1>(row_bytes<dtype>(d) + byte);
+        }
         const float factor = values[key].factor();
 #pragma GCC unroll 4
         for (int m = 0; m < M; ++m) {
@@ -87,8 +87,8 @@ FA_INLINE void pair_weights(const float* p, std::int64_t p_stride, int keys, flo
 }
 
 // As add_values_tile, two keys at once.
-template <DType dtype, int M, int W>
-FA_INLINE void add_value_pairs_tile(const KeyRow<dtype>* values, const char* const* ahead, int keys, const float* words,
+template <DType dtype, int M, int W, class Later>
+FA_INLINE void add_value_pairs_tile(const KeyRow<dtype>* values, Later later, int keys, const float* words,
                                     const float* rescale, std::int64_t d, float* o, std::int64_t o_stride) {
   OutputTile<M, W> tile(o + d, o_stride, rescale);
   for_each_key<2>(
@@ -102,8 +102,7 @@ FA_INLINE void add_value_pairs_tile(const KeyRow<dtype>* values, const char* con
           const Vec b = second.load_words(w * lanes);
           v[w] = Bfloat16Operand::word_of_rows<0>(a, b);
           v[w + 1] = Bfloat16Operand::word_of_rows<1>(a, b);
-          ask_for(ahead[key] + row_bytes<dtype>(d + w * lanes));
-          ask_for(ahead[key + 1] + row_bytes<dtype>(d + w * lanes));
+          later.from(key).template ask<2>(row_bytes<dtype>(d + w * lanes));
         }
 #pragma GCC unroll 4
         for (int m = 0; m < M; ++m) {
@@ -115,29 +114,29 @@ FA_INLINE void add_value_pairs_tile(const KeyRow<dtype>* values, const char* con
   tile.write(o + d, o_stride);
 }
 
-template <DType dtype, int M>
-inline void add_values(const KeyRow<dtype>* values, const char* const* ahead, int keys, const float* p, std::int64_t p_stride,
+template <DType dtype, int M, class Later>
+inline void add_values(const KeyRow<dtype>* values, Later later, int keys, const float* p, std::int64_t p_stride,
                        const float* rescale, int dim, float* o, std::int64_t o_stride) {
   int d = 0;
   if constexpr (multiplies_pairs<dtype>) {
     float words[walk_keys / 2 * M];
     pair_weights<M>(p, p_stride, keys, words);
     for (; d + value_vectors * lanes <= dim; d += value_vectors * lanes) {
-      add_value_pairs_tile<dtype, M, value_vectors>(values, ahead, keys, words, rescale, d, o, o_stride);
+      add_value_pairs_tile<dtype, M, value_vectors>(values, later, keys, words, rescale, d, o, o_stride);
     }
     for (; d < paired_dims<dtype>(dim); d += 2 * lanes) {
-      add_value_pairs_tile<dtype, M, 2>(values, ahead, keys, words, rescale, d, o, o_stride);
+      add_value_pairs_tile<dtype, M, 2>(values, later, keys, words, rescale, d, o, o_stride);
     }
   } else {
     for (; d + value_vectors * lanes <= dim; d += value_vectors * lanes) {
-      add_values_tile<dtype, M, value_vectors>(values, ahead, keys, p, p_stride, rescale, d, 0, o, o_stride);
+      add_values_tile<dtype, M, value_vectors>(values, later, keys, p, p_stride, rescale, d, 0, o, o_stride);
     }
     for (; d < paired_dims<dtype>(dim); d += 2 * lanes) {
-      add_values_tile<dtype, M, 2>(values, ahead, keys, p, p_stride, rescale, d, 0, o, o_stride);
+      add_values_tile<dtype, M, 2>(values, later, keys, p, p_stride, rescale, d, 0, o, o_stride);
     }
   }
   for (; d < dim; d += lanes) {
-    add_values_tile<dtype, M, 1>(values, ahead, keys, p, p_stride, rescale, d, d + lanes <= dim ? 0 : dim - d, o, o_stride);
+    add_values_tile<dtype, M, 1>(values, later, keys, p, p_stride, rescale, d, d + lanes <= dim ? 0 : dim - d, o, o_stride);
   }
 }
 
