@@ -65,9 +65,9 @@ void decode_sequences(const Kernels& level, const DecodePass& pass, int threads,
   const KeyRuns runs(level, problem, units, /*granule=*/1);
   const std::int64_t scratch_size = (level.decode_scratch_size(pass, most_rows) + 15) / 16 * 16;
   const Buffer scratch = allocate(scratch_size * threads);
-  const bool into_l1 = has_large_first_cache();
+  const bool large_l1 = has_large_first_cache();
   runs.for_each(threads, [&](const KeyRun& run, int slot) {
-    level.decode(pass, {run.unit, run.keys, run.is_first, run.partial, into_l1}, scratch.get() + slot * scratch_size);
+    level.decode(pass, {run.unit, run.keys, run.is_first, run.partial, large_l1}, scratch.get() + slot * scratch_size);
   });
   runs.combine(pass, threads);
 }

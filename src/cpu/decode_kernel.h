@@ -15,7 +15,10 @@
 namespace flash_attn::cpu::FA_LEVEL {
 namespace {
 
-constexpr int decode_block = 16 * walk_keys;  // keys: P of a block stays in L1
+constexpr int decode_block = 32 * walk_keys;  // keys at most
+// Keys of a block: its P stays in L1.
+template <class Later>
+constexpr int block_of = Later::has_large_l1 ? decode_block : decode_block / 2;
 constexpr int max_decode_panels = (max_decode_rows + panel_rows - 1) / panel_rows;
 
 struct DecodeSizes {
@@ -63,7 +66,7 @@ struct DecodeState {
     o = take(sizes.rows * sizes.o_stride);
     alpha = take(sizes.score_stride);
     // The columns after the last row are computed with the others.
-    std::memset(scores, 0, static_cast<std::size_t>(sizes.scores()) * sizeof(float));
+    if (sizes.rows < sizes.score_stride) std::memset(scores, 0, static_cast<std::size_t>(sizes.scores()) * sizeof(float));
     std::memset(o, 0, static_cast<std::size_t>(sizes.rows * sizes.o_stride) * sizeof(float));
   }
 };
@@ -267,12 +270,13 @@ inline void decode_rows(const DecodePass& pass, const DecodeTask& task, float* s
   DecodeState state(pass, task, scratch);
   start_rows<k_dtype, v_dtype>(pass, task, state);
   KeySlots blocks[2];
-  blocks[0] = KeySlots(pass, unit, task.keys.begin, min_of(decode_block, task.keys.end - task.keys.begin));
+  constexpr int block = block_of<Later>;
+  blocks[0] = KeySlots(pass, unit, task.keys.begin, min_of(block, task.keys.end - task.keys.begin));
   for (int i = 0; blocks[i].count > 0; i = 1 - i) {
     const KeySlots& keys = blocks[i];
     KeySlots& next = blocks[1 - i];
     const std::int32_t end = keys.begin + keys.count;
-    next = KeySlots(pass, unit, end, min_of(decode_block, task.keys.end - end));
+    next = KeySlots(pass, unit, end, min_of(block, task.keys.end - end));
     score_block<Later, k_dtype, v_dtype>(pass, unit, keys, state);
     softmax_block(pass, unit, keys, steps, state);
     value_block<Later, v_dtype>(pass, unit, keys, next.count > 0 ? next : keys, state);
@@ -303,7 +307,7 @@ inline void decode_dtypes(const DecodePass& pass, const DecodeTask& task, float*
 }
 
 inline void decode(const DecodePass& pass, const DecodeTask& task, float* scratch) {
-  if (task.into_l1) {
+  if (task.large_l1) {
     decode_dtypes<RowsLater<true>>(pass, task, scratch);
   } else {
     decode_dtypes<RowsLater<false>>(pass, task, scratch);

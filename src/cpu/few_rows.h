@@ -15,9 +15,10 @@ constexpr int walk_keys = 6;
 
 // What is read some way after `walk_keys` rows: a row for each of them, whose lines are asked for meanwhile. What comes into a
 // small L1 pushes out queries and outputs in use, so there it is asked for L2, and earlier (docs/performance.md).
-template <bool into_l1>
+template <bool large_l1>
 struct RowsLater {
-  static constexpr int bytes_ahead = into_l1 ? 1024 : 4096;
+  static constexpr bool has_large_l1 = large_l1;
+  static constexpr int bytes_ahead = large_l1 ? 1024 : 4096;
 
   const char* const* first;
 
@@ -26,7 +27,7 @@ struct RowsLater {
   template <int count>
   FA_INLINE void ask(std::int64_t byte) const {
 #pragma GCC unroll 8
-    for (int i = 0; i < count; ++i) __builtin_prefetch(first[i] + byte, 0, into_l1 ? 3 : 2);
+    for (int i = 0; i < count; ++i) __builtin_prefetch(first[i] + byte, 0, large_l1 ? 3 : 2);
   }
 };
 

@@ -6,11 +6,15 @@
 #include <cstring>
 #include <limits>
 #include <tuple>
+#include <vector>
 
 #include "call_parts.h"
 #include "cases.h"
+#include "cpu/buffer.h"
 #include "cpu/isa.h"
+#include "cpu/kernels.h"
 #include "cpu/parallel.h"
+#include "cpu/sequences.h"
 #include "element.h"
 
 namespace flash_attn::test {
@@ -234,6 +238,38 @@ TEST(Decode, GivesTheSameBitsForAnyNumberOfThreads) {
     }
   }
   cpu::set_thread_count_for_testing(0);
+}
+
+// A machine's own L1 chooses one of two instances of the kernel, whose blocks differ.
+TEST(Decode, GivesTheSameWhateverTheSizeOfL1) {
+  for (int i = 0; i < cpu::isa_level_count(); ++i) {
+    const cpu::Kernels& level = cpu::isa_level(i);
+    for (const Storage& storage : storages()) {
+      AttentionProblem problem = cached_problem(1, 1, 500, storage.head_dim(70), storage.head_dim(40));
+      Features features;
+      storage.apply(problem, features);
+      TestCall call(problem, features, 12);
+      const cpu::Sequence sequence = cpu::sequences_of(call.problem, call.inputs)[0];
+      const MaskRule rule = problem.mask_rule(sequence.q.length, sequence.k.length);
+      const cpu::Unit unit = {0, 0, problem.heads_k, 0, problem.group(), sequence, rule};
+      const cpu::DecodePass pass = {&call.problem, &call.inputs, &call.outputs};
+      const cpu::Buffer scratch = cpu::allocate(level.decode_scratch_size(pass, unit.packed_rows()));
+      const auto rows = static_cast<std::size_t>(unit.packed_rows());
+      const auto row_size = static_cast<std::size_t>(level.partial_row_size(call.problem));
+      const auto decode = [&](bool large_l1) {
+        std::vector<float> result(rows * (row_size + 1));  // O, then lse
+        const cpu::Partial partial = {result.data(), result.data() + rows * row_size};
+        level.decode(pass, {&unit, unit.visible_keys(), true, partial, large_l1}, scratch.get());
+        return result;
+      };
+      const float tolerance = problem.dtype == DType::bfloat16 ? 1e-3f : 2e-5f;  // P may be rounded to bfloat16
+      const std::vector<float> small = decode(false);
+      const std::vector<float> large = decode(true);
+      for (std::size_t j = 0; j < small.size(); ++j) {
+        ASSERT_NEAR(small[j], large[j], tolerance) << level.name << ", " << storage.name << ", " << j;
+      }
+    }
+  }
 }
 
 TEST(Decode, ARowWhoseKeysAllLieOnMissingPagesIsZeroAndItsLseMinusInfinity) {
