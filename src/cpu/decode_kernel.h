@@ -160,18 +160,23 @@ FA_INLINE void walk(const Unit& unit, const KeyTensor& source, const KeySlots& k
                     const KeySlots& next_keys, Visit visit) {
   const auto bytes = static_cast<int>(row_bytes<dtype>(source.dim));
   const int heads_ahead = clamp_to(Later::bytes_ahead / max_of(1, bytes), 1, unit.kv_heads);
+  const int steps_ahead = heads_ahead / unit.kv_heads;
+  const int heads_left = heads_ahead % unit.kv_heads;
+  const auto rows_at = [&](int step) {
+    if (step < keys.steps) return StreamRows(source, keys, step, unit.kv_head);
+    return StreamRows(next_source, next_keys, min_of(step - keys.steps, max_of(next_keys.steps - 1, 0)), unit.kv_head);
+  };
+  StreamRows next_ahead = rows_at(steps_ahead);
   for (int step = 0; step < keys.steps; ++step) {
     if (step == keys.steps - steps_before_block) ask_for_block<Later, dtype>(unit, next_source, next_keys);
-    const StreamRows here(source, keys, step, unit.kv_head);
-    const StreamRows next = step + 1 < keys.steps ? StreamRows(source, keys, step + 1, unit.kv_head)
-                                                  : StreamRows(next_source, next_keys, 0, unit.kv_head);
+    const StreamRows ahead = next_ahead;
+    next_ahead = rows_at(step + steps_ahead + 1);
     KeyRow<dtype> rows[walk_keys];
     for (int i = 0; i < walk_keys; ++i) rows[i] = KeyRow<dtype>(source, keys.slot(step, i), unit.kv_head);
     for (int head = 0; head < unit.kv_heads; ++head) {
-      const int head_later = head + heads_ahead;
-      const bool is_here = head_later < unit.kv_heads;
-      const StreamRows& place = is_here ? here : next;
-      const std::int64_t offset = (is_here ? head_later : head_later - unit.kv_heads) * place.head_bytes;
+      const bool is_ahead = head + heads_left < unit.kv_heads;
+      const StreamRows& place = is_ahead ? ahead : next_ahead;
+      const std::int64_t offset = (head + heads_left - (is_ahead ? 0 : unit.kv_heads)) * place.head_bytes;
       const char* later[walk_keys];
       for (int i = 0; i < walk_keys; ++i) later[i] = place.of_first_head[i] + offset;
       visit(step, head, rows, Later{later});
