@@ -121,8 +121,11 @@ def run_paged(case: DecodeCase, pool: CachePool, ours: Peer) -> Row:
         pool = pool.moved()
         for page_size in PAGE_SIZES:
             turn = itertools.count()
-            pools = {f"pages of {page_size}": pool.pages(page_size), f"pages of {page_size}, MLX's": pool.paged_views(page_size)}
-            in_pages = {name: _rotating(turn, paged_decode(case, pool, page_size, pages)) for name, pages in pools.items()}
+            ours_or_mlx = {"": pool.pages(page_size), ", MLX's": pool.paged_views(page_size)}
+            in_pages = {
+                f"pages of {page_size}{maker}": _rotating(turn, paged_decode(case, pool, page_size, pages))
+                for maker, pages in ours_or_mlx.items()
+            }
             contiguous = _rotating(turn, ours.decode(case, pool))
             for call in (*in_pages.values(), contiguous):
                 call()

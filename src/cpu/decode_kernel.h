@@ -289,33 +289,40 @@ inline void decode_rows(const DecodePass& pass, const DecodeTask& task, float* s
   finish_rows<v_dtype>(pass, task, state);
 }
 
-// Of the dtypes of a cache, only the two with MLX's codes may be mixed.
-template <class Later>
-inline void decode_dtypes(const DecodePass& pass, const DecodeTask& task, float* scratch) {
-  const DType v_dtype = pass.inputs->v.dtype;
-  switch (pass.inputs->k.dtype) {
-    case DType::float32:
-      return decode_rows<Later, DType::float32>(pass, task, scratch);
-    case DType::bfloat16:
-      return decode_rows<Later, DType::bfloat16>(pass, task, scratch);
-    case DType::float16:
-      return decode_rows<Later, DType::float16>(pass, task, scratch);
-    case DType::int8:
-      return decode_rows<Later, DType::int8>(pass, task, scratch);
-    case DType::affine8:
-      if (v_dtype == DType::affine4) return decode_rows<Later, DType::affine8, DType::affine4>(pass, task, scratch);
-      return decode_rows<Later, DType::affine8>(pass, task, scratch);
-    default:
-      if (v_dtype == DType::affine8) return decode_rows<Later, DType::affine4, DType::affine8>(pass, task, scratch);
-      return decode_rows<Later, DType::affine4>(pass, task, scratch);
+// One instance for each kind of L1.
+template <DType dtype>
+inline void decode_numbers(const DecodePass& pass, const DecodeTask& task, float* scratch) {
+  if (task.large_l1) {
+    decode_rows<RowsLater<true>, dtype>(pass, task, scratch);
+  } else {
+    decode_rows<RowsLater<false>, dtype>(pass, task, scratch);
   }
 }
 
+// MLX's codes take longer to turn into numbers than to arrive: one instance does for any L1.
+template <DType k_dtype, DType v_dtype>
+inline void decode_codes(const DecodePass& pass, const DecodeTask& task, float* scratch) {
+  decode_rows<RowsLater<false>, k_dtype, v_dtype>(pass, task, scratch);
+}
+
+// Of the dtypes of a cache, only the two with MLX's codes may be mixed.
 inline void decode(const DecodePass& pass, const DecodeTask& task, float* scratch) {
-  if (task.large_l1) {
-    decode_dtypes<RowsLater<true>>(pass, task, scratch);
-  } else {
-    decode_dtypes<RowsLater<false>>(pass, task, scratch);
+  const DType v_dtype = pass.inputs->v.dtype;
+  switch (pass.inputs->k.dtype) {
+    case DType::float32:
+      return decode_numbers<DType::float32>(pass, task, scratch);
+    case DType::bfloat16:
+      return decode_numbers<DType::bfloat16>(pass, task, scratch);
+    case DType::float16:
+      return decode_numbers<DType::float16>(pass, task, scratch);
+    case DType::int8:
+      return decode_numbers<DType::int8>(pass, task, scratch);
+    case DType::affine8:
+      if (v_dtype == DType::affine4) return decode_codes<DType::affine8, DType::affine4>(pass, task, scratch);
+      return decode_codes<DType::affine8, DType::affine8>(pass, task, scratch);
+    default:
+      if (v_dtype == DType::affine8) return decode_codes<DType::affine4, DType::affine8>(pass, task, scratch);
+      return decode_codes<DType::affine4, DType::affine4>(pass, task, scratch);
   }
 }
 
