@@ -62,7 +62,7 @@ struct DecodeTask {
   KeyRange keys;
   bool is_first;  // of the unit's runs
   Partial partial;
-  bool large_l1;  // keys and values are asked for into L1, else into L2
+  bool large_l1;  // of this machine: what is read ahead comes there, else into L2
 };
 
 // Backward. The rows of a unit are prepared once, one block after the other; dQ gathers in float32 blocks of the same rows.
