@@ -7,6 +7,7 @@
 //   O = O / l, to the caller, or to a partial result when other tasks have the rest of the keys
 #pragma once
 
+#include "cpu/key_walk.h"
 #include "cpu/online_softmax.h"
 #include "cpu/pack.h"
 #include "cpu/row_dots.h"
@@ -15,7 +16,6 @@
 namespace flash_attn::cpu::FA_LEVEL {
 namespace {
 
-constexpr int decode_block = 32 * walk_keys;  // keys at most
 // Keys of a block: its P stays in L1.
 template <class Later>
 constexpr int block_of = Later::has_large_l1 ? decode_block : decode_block / 2;
@@ -35,7 +35,7 @@ struct DecodeSizes {
         qv_stride(problem.has_qv ? round_up(problem.head_dim_v, lanes) : 0),
         o_stride(round_up(problem.head_dim_v, lanes)) {}
 
-  std::int64_t scores() const { return (decode_block + walk_keys) * score_stride; }
+  std::int64_t scores() const { return (decode_block + max_streams) * score_stride; }
   std::int64_t mask_rows() const { return std::int64_t{lanes} * round_up(decode_block, lanes); }
   std::int64_t total() const { return scores() + mask_rows() + rows * (q_stride + qv_stride + o_stride) + score_stride; }
 };
@@ -101,92 +101,6 @@ inline void start_rows(const DecodePass& pass, const DecodeTask& task, DecodeSta
   }
 }
 
-// A block of keys and where they lie. It is read as `walk_keys` streams side by side, each through a stretch of keys of its
-// own, a key a step: so no two streams share a page of memory, where the processor's prefetcher would take them for one.
-struct KeySlots {
-  std::int32_t begin;
-  int count;
-  int steps;
-  KeySlot slots[decode_block + walk_keys];  // those after the last key repeat it
-
-  KeySlots() = default;
-  KeySlots(const DecodePass& pass, const Unit& unit, std::int32_t first, int keys)
-      : begin(first), count(keys), steps((keys + walk_keys - 1) / walk_keys) {
-    int next = 0;
-    for_each_stretch(*pass.problem, *pass.inputs, unit.sequence, unit.batch, {first, first + keys},
-                     [&](std::int32_t, std::int32_t stretch, KeySlot slot) {
-                       for (int i = 0; i < stretch; ++i, ++slot.index) slots[next++] = slot;
-                     });
-    for (int i = 0; i < walk_keys && keys > 0; ++i) slots[next++] = slots[keys - 1];
-  }
-
-  KeySlot slot(int step, int stream) const { return slots[stream * steps + step]; }
-  // Streams that have a key left at a step.
-  int streams(int step) const { return min_of(walk_keys, (count - step + steps - 1) / steps); }
-};
-
-// Where the rows of one step lie. What is only asked for may be a page that does not exist: any other place will do.
-struct StreamRows {
-  const char* of_first_head[walk_keys];
-  std::int64_t head_bytes;
-
-  FA_INLINE StreamRows(const KeyTensor& source, const KeySlots& keys, int step, std::int32_t first_head)
-      : head_bytes(source.tensor->strides.head * size_of(source.tensor->dtype)) {
-    for (int i = 0; i < walk_keys; ++i) {
-      KeySlot slot = keys.slot(step, i);
-      slot.row = max_of(slot.row, 0);
-      of_first_head[i] = element(source.tensor->data, source.tensor->dtype, slot.offset(source.tensor->strides, first_head));
-    }
-  }
-};
-
-// The first and the last line of each stream of a block: they may lie in other pages of memory, whose addresses take time to
-// find. All at once, so that this time passes once.
-template <class Later, DType dtype>
-FA_INLINE void ask_for_block(const Unit& unit, const KeyTensor& source, const KeySlots& keys) {
-  const StreamRows first(source, keys, 0, unit.kv_head);
-  const StreamRows last(source, keys, max_of(keys.steps - 1, 0), unit.kv_head + unit.kv_heads - 1);
-  Later{first.of_first_head}.template ask<walk_keys>(0);
-  Later{last.of_first_head}.template ask<walk_keys>(row_bytes<dtype>(source.dim) - 1);
-}
-
-constexpr int steps_before_block = 4;  // when ask_for_block comes
-
-// visit(step, head, rows, later) for all rows of a block, the heads of one step after the other. `later` is what the visitor
-// asks for while it reads `rows`, a line for every line: the same streams, Later::bytes_ahead on, then the first step of
-// `next`. At this steady rate memory works while the arithmetic does; in bursts, or without, it waits (docs/performance.md).
-template <class Later, DType dtype, class Visit>
-FA_INLINE void walk(const Unit& unit, const KeyTensor& source, const KeySlots& keys, const KeyTensor& next_source,
-                    const KeySlots& next_keys, Visit visit) {
-  const auto bytes = static_cast<int>(row_bytes<dtype>(source.dim));
-  const int heads_ahead = clamp_to(Later::bytes_ahead / max_of(1, bytes), 1, unit.kv_heads);
-  const int steps_ahead = heads_ahead / unit.kv_heads;
-  const int heads_left = heads_ahead % unit.kv_heads;
-  const auto rows_at = [&](int step) {
-    if (step < keys.steps) return StreamRows(source, keys, step, unit.kv_head);
-    return StreamRows(next_source, next_keys, min_of(step - keys.steps, max_of(next_keys.steps - 1, 0)), unit.kv_head);
-  };
-  StreamRows next_ahead = rows_at(steps_ahead);
-  for (int step = 0; step < keys.steps; ++step) {
-    if (step == keys.steps - steps_before_block) ask_for_block<Later, dtype>(unit, next_source, next_keys);
-    const StreamRows ahead = next_ahead;
-    next_ahead = rows_at(step + steps_ahead + 1);
-    KeyRow<dtype> rows[walk_keys];
-    for (int i = 0; i < walk_keys; ++i) rows[i] = KeyRow<dtype>(source, keys.slot(step, i), unit.kv_head);
-    for (int head = 0; head < unit.kv_heads; ++head) {
-      const bool is_ahead = head + heads_left < unit.kv_heads;
-      const StreamRows& place = is_ahead ? ahead : next_ahead;
-      const std::int64_t offset = (head + heads_left - (is_ahead ? 0 : unit.kv_heads)) * place.head_bytes;
-      const char* later[walk_keys];
-      for (int i = 0; i < walk_keys; ++i) later[i] = place.of_first_head[i] + offset;
-      visit(step, head, rows, Later{later});
-      if (head + 1 < unit.kv_heads) {
-        for (int i = 0; i < walk_keys; ++i) rows[i].next_head();
-      }
-    }
-  }
-}
-
 template <class Later, DType k_dtype, DType v_dtype>
 inline void score_block(const DecodePass& pass, const Unit& unit, const KeySlots& keys, DecodeState& state) {
   const AttentionProblem& problem = *pass.problem;
@@ -195,14 +109,17 @@ inline void score_block(const DecodePass& pass, const Unit& unit, const KeySlots
   const KeyTensor v = values_of(problem, *pass.inputs);
   const std::int64_t stride = state.sizes.score_stride;
   const int rows = unit.rows_of_head();
+  const int steps = keys.steps(Later::streams);
   const auto multiply = [&]<DType dtype>(const KeyTensor& source, const float* q, std::int64_t q_stride, bool add) {
-    walk<Later, dtype>(unit, source, keys, v, keys, [&](int step, int head, const KeyRow<dtype>* key_rows, Later later) {
-      for_each_row_tile(rows, [&](int tile, auto count) {
-        const int row = head * rows + tile;
-        dots<dtype, count>(key_rows, later, q + row * q_stride, q_stride, source.dim, scale, add,
-                           state.scores + step * stride + row, keys.steps * stride);
-      });
-    });
+    const auto visit = [&](int step, int head, const KeyRow<dtype>* key_rows, Later later) __attribute__((always_inline)) {
+      for_each_row_tile(
+          rows, [&](int tile, auto count) __attribute__((always_inline)) {
+            const int row = head * rows + tile;
+            dots<dtype, count>(key_rows, later, q + row * q_stride, q_stride, source.dim, scale, add,
+                               state.scores + step * stride + row, steps * stride);
+          });
+    };
+    walk<Later, Later::streams, dtype>(unit, source, keys, v, keys, visit);
   };
   multiply.template operator()<k_dtype>(k, state.q, state.sizes.q_stride, false);
   if (problem.has_qv) multiply.template operator()<v_dtype>(v, state.qv, state.sizes.qv_stride, true);
@@ -240,21 +157,36 @@ inline void softmax_block(const DecodePass& pass, const Unit& unit, const KeySlo
 }
 
 // `next`: the block whose keys are read after these values.
-template <class Later, DType v_dtype>
-inline void value_block(const DecodePass& pass, const Unit& unit, const KeySlots& keys, const KeySlots& next,
-                        DecodeState& state) {
+template <class Later, int streams, DType v_dtype>
+inline void add_value_block(const DecodePass& pass, const Unit& unit, const KeySlots& keys, const KeySlots& next,
+                            DecodeState& state) {
   const KeyTensor k = keys_of(*pass.problem, *pass.inputs);
   const KeyTensor v = values_of(*pass.problem, *pass.inputs);
   const std::int64_t stride = state.sizes.score_stride;
   const int rows = unit.rows_of_head();
-  walk<Later, v_dtype>(unit, v, keys, k, next, [&](int step, int head, const KeyRow<v_dtype>* value_rows, Later later) {
-    for_each_row_tile(rows, [&](int tile, auto count) {
-      const int row = head * rows + tile;
-      add_values<v_dtype, count>(value_rows, later, keys.streams(step), state.scores + step * stride + row, keys.steps * stride,
-                                 step == 0 ? state.alpha + row : nullptr, v.dim, state.o + row * state.sizes.o_stride,
-                                 state.sizes.o_stride);
-    });
-  });
+  const int steps = keys.steps(streams);
+  const auto visit = [&](int step, int head, const KeyRow<v_dtype>* value_rows, Later later) __attribute__((always_inline)) {
+    const int keys_left = min_of(streams, (keys.count - step + steps - 1) / steps);
+    for_each_row_tile(
+        rows, [&](int tile, auto count) __attribute__((always_inline)) {
+          const int row = head * rows + tile;
+          add_values<v_dtype, streams, count>(value_rows, later, keys_left, state.scores + step * stride + row, steps * stride,
+                                              step == 0 ? state.alpha + row : nullptr, v.dim,
+                                              state.o + row * state.sizes.o_stride, state.sizes.o_stride);
+        });
+  };
+  walk<Later, streams, v_dtype>(unit, v, keys, k, next, visit);
+}
+
+// float32 of few rows waits for memory, which gives two streams more than four; others wait for arithmetic, which passes over O
+// less often with four.
+template <class Later, DType v_dtype>
+inline void value_block(const DecodePass& pass, const Unit& unit, const KeySlots& keys, const KeySlots& next,
+                        DecodeState& state) {
+  if constexpr (v_dtype == DType::float32 && Later::has_large_l1) {
+    if (unit.rows_of_head() <= tile_rows) return add_value_block<Later, 2, v_dtype>(pass, unit, keys, next, state);
+  }
+  add_value_block<Later, Later::streams, v_dtype>(pass, unit, keys, next, state);
 }
 
 template <DType v_dtype>

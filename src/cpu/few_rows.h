@@ -10,15 +10,16 @@ namespace flash_attn::cpu::FA_LEVEL {
 namespace {
 
 constexpr int tile_rows = 4;
-// Keys that are walked side by side: whole tiles of dots for every number of rows, and whole pairs.
-constexpr int walk_keys = 6;
+constexpr int max_streams = 6;
 
-// What is read some way after `walk_keys` rows: a row for each of them, whose lines are asked for meanwhile. What comes into a
-// small L1 pushes out queries and outputs in use, so there it is asked for L2, and earlier (docs/performance.md).
+// What is read some way after the rows of `streams` keys, a row for each of them, whose lines are asked for meanwhile. What
+// comes into a small L1 pushes out queries and outputs in use, so there it is asked for L2, and earlier. Into a large one too,
+// if there are many: rows that lie a page of memory apart share its sets (docs/performance.md).
 template <bool large_l1>
 struct RowsLater {
   static constexpr bool has_large_l1 = large_l1;
-  static constexpr int bytes_ahead = large_l1 ? 1024 : 4096;
+  static constexpr int streams = large_l1 ? 4 : 6;  // whole tiles of dots for every number of rows, and whole pairs
+  static constexpr int bytes_ahead = large_l1 ? 2048 : 4096;
 
   const char* const* first;
 

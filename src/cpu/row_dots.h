@@ -7,8 +7,8 @@ namespace flash_attn::cpu::FA_LEVEL {
 namespace {
 
 // Keys of a tile of M rows: M * dot_keys accumulators and as many vectors of K leave a register for Q.
-template <int M>
-constexpr int dot_keys = many_registers || M < 3 ? 6 : 3;
+template <int M, int streams>
+constexpr int dot_keys = many_registers || M < 3 ? streams : streams / 2;
 
 FA_INLINE Part load_part(const float* p) {
   Part x;
@@ -109,10 +109,11 @@ FA_INLINE void dots_tile(const KeyRow<dtype>* keys, Later later, const float* q,
 }
 
 template <DType dtype, int M, class Later>
-inline void dots(const KeyRow<dtype>* keys, Later later, const float* q, std::int64_t q_stride, int dim, float scale, bool add,
-                 float* scores, std::int64_t stride) {
-  for (int key = 0; key < walk_keys; key += dot_keys<M>) {
-    dots_tile<dtype, dot_keys<M>, M>(keys + key, later.from(key), q, q_stride, dim, scale, add, scores + key * stride, stride);
+FA_INLINE void dots(const KeyRow<dtype>* keys, Later later, const float* q, std::int64_t q_stride, int dim, float scale,
+                    bool add, float* scores, std::int64_t stride) {
+  constexpr int at_once = dot_keys<M, Later::streams>;
+  for (int key = 0; key < Later::streams; key += at_once) {
+    dots_tile<dtype, at_once, M>(keys + key, later.from(key), q, q_stride, dim, scale, add, scores + key * stride, stride);
   }
 }
 

@@ -1,0 +1,98 @@
+// In which order a block of keys or values is read, and what is asked for meanwhile.
+#pragma once
+
+#include "cpu/few_rows.h"
+
+namespace flash_attn::cpu::FA_LEVEL {
+namespace {
+
+constexpr int decode_block = 192;  // keys at most
+
+// A block of keys and where they lie. It is read as several streams side by side, each through a stretch of keys of its own, a
+// key a step: so no two streams share a page of memory, where the processor's prefetcher would take them for one.
+struct KeySlots {
+  std::int32_t begin;
+  int count;
+  KeySlot slots[decode_block + max_streams];  // those after the last key repeat it
+
+  KeySlots() = default;
+  KeySlots(const DecodePass& pass, const Unit& unit, std::int32_t first, int keys) : begin(first), count(keys) {
+    int next = 0;
+    for_each_stretch(*pass.problem, *pass.inputs, unit.sequence, unit.batch, {first, first + keys},
+                     [&](std::int32_t, std::int32_t stretch, KeySlot slot) {
+                       for (int i = 0; i < stretch; ++i, ++slot.index) slots[next++] = slot;
+                     });
+    for (int i = 0; i < max_streams && keys > 0; ++i) slots[next++] = slots[keys - 1];
+  }
+
+  int steps(int streams) const { return (count + streams - 1) / streams; }
+};
+
+// Where the rows of one step lie. What is only asked for may be a page that does not exist: any other place will do.
+template <int streams>
+struct StreamRows {
+  const char* of_first_head[streams];
+  std::int64_t head_bytes;
+
+  FA_INLINE StreamRows(const KeyTensor& source, const KeySlots& keys, int step, std::int32_t first_head)
+      : head_bytes(source.tensor->strides.head * size_of(source.tensor->dtype)) {
+    const int steps = keys.steps(streams);
+    for (int i = 0; i < streams; ++i) {
+      KeySlot slot = keys.slots[i * steps + step];
+      slot.row = max_of(slot.row, 0);
+      of_first_head[i] = element(source.tensor->data, source.tensor->dtype, slot.offset(source.tensor->strides, first_head));
+    }
+  }
+};
+
+// The first and the last line of each stream of a block: they may lie in other pages of memory, whose addresses take time to
+// find. All at once, so that this time passes once.
+template <class Later, int streams, DType dtype>
+FA_INLINE void ask_for_block(const Unit& unit, const KeyTensor& source, const KeySlots& keys) {
+  const StreamRows<streams> first(source, keys, 0, unit.kv_head);
+  const StreamRows<streams> last(source, keys, max_of(keys.steps(streams) - 1, 0), unit.kv_head + unit.kv_heads - 1);
+  Later{first.of_first_head}.template ask<streams>(0);
+  Later{last.of_first_head}.template ask<streams>(row_bytes<dtype>(source.dim) - 1);
+}
+
+constexpr int steps_before_block = 4;  // when ask_for_block comes
+
+// visit(step, head, rows, later) for all rows of a block, the heads of one step after the other. `later` is what the visitor
+// asks for while it reads `rows`, a line for every line: the same streams, Later::bytes_ahead on, then the first step of
+// `next`. At this steady rate memory works while the arithmetic does; in bursts, or without, it waits (docs/performance.md).
+template <class Later, int streams, DType dtype, class Visit>
+FA_INLINE void walk(const Unit& unit, const KeyTensor& source, const KeySlots& keys, const KeyTensor& next_source,
+                    const KeySlots& next_keys, Visit visit) {
+  const auto bytes = static_cast<int>(row_bytes<dtype>(source.dim));
+  const int heads_ahead = clamp_to(Later::bytes_ahead / max_of(1, bytes), 1, unit.kv_heads);
+  const int steps_ahead = heads_ahead / unit.kv_heads;
+  const int heads_left = heads_ahead % unit.kv_heads;
+  const int steps = keys.steps(streams);
+  const int last_of_next = max_of(next_keys.steps(streams) - 1, 0);
+  const auto rows_at = [&](int step) {
+    if (step < steps) return StreamRows<streams>(source, keys, step, unit.kv_head);
+    return StreamRows<streams>(next_source, next_keys, min_of(step - steps, last_of_next), unit.kv_head);
+  };
+  StreamRows<streams> next_ahead = rows_at(steps_ahead);
+  for (int step = 0; step < steps; ++step) {
+    if (step == steps - steps_before_block) ask_for_block<Later, streams, dtype>(unit, next_source, next_keys);
+    const StreamRows<streams> ahead = next_ahead;
+    next_ahead = rows_at(step + steps_ahead + 1);
+    KeyRow<dtype> rows[streams];
+    for (int i = 0; i < streams; ++i) rows[i] = KeyRow<dtype>(source, keys.slots[i * steps + step], unit.kv_head);
+    for (int head = 0; head < unit.kv_heads; ++head) {
+      const bool is_ahead = head + heads_left < unit.kv_heads;
+      const StreamRows<streams>& place = is_ahead ? ahead : next_ahead;
+      const std::int64_t offset = (head + heads_left - (is_ahead ? 0 : unit.kv_heads)) * place.head_bytes;
+      const char* later[streams];
+      for (int i = 0; i < streams; ++i) later[i] = place.of_first_head[i] + offset;
+      visit(step, head, rows, Later{later});
+      if (head + 1 < unit.kv_heads) {
+        for (int i = 0; i < streams; ++i) rows[i].next_head();
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace flash_attn::cpu::FA_LEVEL
