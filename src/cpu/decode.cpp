@@ -8,7 +8,6 @@
 #include <cstdlib>
 
 #include "cpu/buffer.h"
-#include "cpu/first_cache.h"
 #include "cpu/key_runs.h"
 #include "cpu/sequences.h"
 
@@ -39,6 +38,14 @@ void add_units(const AttentionProblem& problem, const AttentionInputs& inputs, s
   }
 }
 
+// By a unit's keys alone: so what a sequence gives does not depend on its batch. As if they were float32: no other dtype minds
+// whether they come from memory.
+ReadAhead read_ahead_of_unit(const AttentionProblem& problem, const Unit& unit) {
+  const KeyRange seen = unit.visible_keys();
+  const std::int64_t elements = std::int64_t{unit.kv_heads} * (problem.head_dim + problem.head_dim_v);
+  return read_ahead_of(std::max(0, seen.end - seen.begin) * elements * static_cast<std::int64_t>(sizeof(float)));
+}
+
 }  // namespace
 
 bool suits_decode(const AttentionProblem& problem, const AttentionInputs& inputs, const Sequence& sequence) {
@@ -65,9 +72,9 @@ void decode_sequences(const Kernels& level, const DecodePass& pass, int threads,
   const KeyRuns runs(level, problem, units, /*granule=*/1);
   const std::int64_t scratch_size = (level.decode_scratch_size(pass, most_rows) + 15) / 16 * 16;
   const Buffer scratch = allocate(scratch_size * threads);
-  const bool large_l1 = has_large_first_cache();
   runs.for_each(threads, [&](const KeyRun& run, int slot) {
-    level.decode(pass, {run.unit, run.keys, run.is_first, run.partial, large_l1}, scratch.get() + slot * scratch_size);
+    const ReadAhead read_ahead = read_ahead_of_unit(problem, *run.unit);
+    level.decode(pass, {run.unit, run.keys, run.is_first, run.partial, read_ahead}, scratch.get() + slot * scratch_size);
   });
   runs.combine(pass, threads);
 }

@@ -16,9 +16,6 @@
 namespace flash_attn::cpu::FA_LEVEL {
 namespace {
 
-// Keys of a block: its P stays in L1.
-template <class Later>
-constexpr int block_of = Later::has_large_l1 ? decode_block : decode_block / 2;
 constexpr int max_decode_panels = (max_decode_rows + panel_rows - 1) / panel_rows;
 
 struct DecodeSizes {
@@ -35,8 +32,8 @@ struct DecodeSizes {
         qv_stride(problem.has_qv ? round_up(problem.head_dim_v, lanes) : 0),
         o_stride(round_up(problem.head_dim_v, lanes)) {}
 
-  std::int64_t scores() const { return (decode_block + max_streams) * score_stride; }
-  std::int64_t mask_rows() const { return std::int64_t{lanes} * round_up(decode_block, lanes); }
+  std::int64_t scores() const { return (max_decode_block + max_streams) * score_stride; }
+  std::int64_t mask_rows() const { return std::int64_t{lanes} * round_up(max_decode_block, lanes); }
   std::int64_t total() const { return scores() + mask_rows() + rows * (q_stride + qv_stride + o_stride) + score_stride; }
 };
 
@@ -110,6 +107,7 @@ inline void score_block(const DecodePass& pass, const Unit& unit, const KeySlots
   const std::int64_t stride = state.sizes.score_stride;
   const int rows = unit.rows_of_head();
   const int steps = keys.steps(Later::streams);
+  // Inlined whatever the compiler thinks of it: out of line it takes a tenth longer.
   const auto multiply = [&]<DType dtype>(const KeyTensor& source, const float* q, std::int64_t q_stride, bool add) {
     const auto visit = [&](int step, int head, const KeyRow<dtype>* key_rows, Later later) __attribute__((always_inline)) {
       for_each_row_tile(
@@ -119,7 +117,7 @@ inline void score_block(const DecodePass& pass, const Unit& unit, const KeySlots
                                state.scores + step * stride + row, steps * stride);
           });
     };
-    walk<Later, Later::streams, dtype>(unit, source, keys, v, keys, visit);
+    walk<Later, dtype>(unit, source, keys, v, keys, visit);
   };
   multiply.template operator()<k_dtype>(k, state.q, state.sizes.q_stride, false);
   if (problem.has_qv) multiply.template operator()<v_dtype>(v, state.qv, state.sizes.qv_stride, true);
@@ -136,7 +134,7 @@ inline void softmax_block(const DecodePass& pass, const Unit& unit, const KeySlo
                           DecodeState& state) {
   const AttentionProblem& problem = *pass.problem;
   const ScoreContext context = {
-      &problem, pass.inputs, &unit, ScoreScale(problem), state.mask_rows, round_up(decode_block, lanes), nullptr};
+      &problem, pass.inputs, &unit, ScoreScale(problem), state.mask_rows, round_up(max_decode_block, lanes), nullptr};
   for (int i = 0; i < state.panel_count; ++i) {
     const RowPanel& panel = state.panels[i];
     const ScoreTile tile = {state.scores + i * panel_rows, state.sizes.score_stride, keys.count, keys.begin};
@@ -157,36 +155,25 @@ inline void softmax_block(const DecodePass& pass, const Unit& unit, const KeySlo
 }
 
 // `next`: the block whose keys are read after these values.
-template <class Later, int streams, DType v_dtype>
-inline void add_value_block(const DecodePass& pass, const Unit& unit, const KeySlots& keys, const KeySlots& next,
-                            DecodeState& state) {
+template <class Later, DType v_dtype>
+inline void value_block(const DecodePass& pass, const Unit& unit, const KeySlots& keys, const KeySlots& next,
+                        DecodeState& state) {
   const KeyTensor k = keys_of(*pass.problem, *pass.inputs);
   const KeyTensor v = values_of(*pass.problem, *pass.inputs);
   const std::int64_t stride = state.sizes.score_stride;
   const int rows = unit.rows_of_head();
-  const int steps = keys.steps(streams);
+  const int steps = keys.steps(Later::streams);
   const auto visit = [&](int step, int head, const KeyRow<v_dtype>* value_rows, Later later) __attribute__((always_inline)) {
-    const int keys_left = min_of(streams, (keys.count - step + steps - 1) / steps);
+    const int keys_left = min_of(Later::streams, (keys.count - step + steps - 1) / steps);
     for_each_row_tile(
         rows, [&](int tile, auto count) __attribute__((always_inline)) {
           const int row = head * rows + tile;
-          add_values<v_dtype, streams, count>(value_rows, later, keys_left, state.scores + step * stride + row, steps * stride,
-                                              step == 0 ? state.alpha + row : nullptr, v.dim,
-                                              state.o + row * state.sizes.o_stride, state.sizes.o_stride);
+          add_values<v_dtype, count>(value_rows, later, keys_left, state.scores + step * stride + row, steps * stride,
+                                     step == 0 ? state.alpha + row : nullptr, v.dim, state.o + row * state.sizes.o_stride,
+                                     state.sizes.o_stride);
         });
   };
-  walk<Later, streams, v_dtype>(unit, v, keys, k, next, visit);
-}
-
-// float32 of few rows waits for memory, which gives two streams more than four; others wait for arithmetic, which passes over O
-// less often with four.
-template <class Later, DType v_dtype>
-inline void value_block(const DecodePass& pass, const Unit& unit, const KeySlots& keys, const KeySlots& next,
-                        DecodeState& state) {
-  if constexpr (v_dtype == DType::float32 && Later::has_large_l1) {
-    if (unit.rows_of_head() <= tile_rows) return add_value_block<Later, 2, v_dtype>(pass, unit, keys, next, state);
-  }
-  add_value_block<Later, Later::streams, v_dtype>(pass, unit, keys, next, state);
+  walk<Later, v_dtype>(unit, v, keys, k, next, visit);
 }
 
 template <DType v_dtype>
@@ -207,7 +194,7 @@ inline void decode_rows(const DecodePass& pass, const DecodeTask& task, float* s
   DecodeState state(pass, task, scratch);
   start_rows<k_dtype, v_dtype>(pass, task, state);
   KeySlots blocks[2];
-  constexpr int block = block_of<Later>;
+  constexpr int block = Later::keys_of_block;
   blocks[0] = KeySlots(pass, unit, task.keys.begin, min_of(block, task.keys.end - task.keys.begin));
   for (int i = 0; blocks[i].count > 0; i = 1 - i) {
     const KeySlots& keys = blocks[i];
@@ -221,20 +208,24 @@ inline void decode_rows(const DecodePass& pass, const DecodeTask& task, float* s
   finish_rows<v_dtype>(pass, task, state);
 }
 
-// One instance for each kind of L1.
+// An instance for each way to read ahead.
 template <DType dtype>
 inline void decode_numbers(const DecodePass& pass, const DecodeTask& task, float* scratch) {
-  if (task.large_l1) {
-    decode_rows<RowsLater<true>, dtype>(pass, task, scratch);
-  } else {
-    decode_rows<RowsLater<false>, dtype>(pass, task, scratch);
+  if (task.read_ahead == ReadAhead::into_l2) return decode_rows<SixStreamsIntoL2, dtype>(pass, task, scratch);
+  if constexpr (FA_TWO_STREAMS && dtype == DType::float32) {
+    // More rows wait for arithmetic, which passes over O less often with four.
+    const bool waits_for_memory = task.unit->rows_of_head() <= tile_rows;
+    if (task.read_ahead == ReadAhead::into_l1_from_memory && waits_for_memory) {
+      return decode_rows<TwoStreamsIntoL1, dtype>(pass, task, scratch);
+    }
   }
+  decode_rows<FourStreamsIntoL1, dtype>(pass, task, scratch);
 }
 
-// MLX's codes take longer to turn into numbers than to arrive: one instance does for any L1.
+// MLX's codes take longer to turn into numbers than to arrive: one instance does for any cache.
 template <DType k_dtype, DType v_dtype>
 inline void decode_codes(const DecodePass& pass, const DecodeTask& task, float* scratch) {
-  decode_rows<RowsLater<false>, k_dtype, v_dtype>(pass, task, scratch);
+  decode_rows<SixStreamsIntoL2, k_dtype, v_dtype>(pass, task, scratch);
 }
 
 // Of the dtypes of a cache, only the two with MLX's codes may be mixed.

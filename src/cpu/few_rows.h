@@ -6,20 +6,24 @@
 #include "cpu/key_row.h"
 #include "cpu/matrix_tiles.h"
 
+#if !defined(FA_TWO_STREAMS)  // 1: from memory the level's processors read two streams faster than four
+#define FA_TWO_STREAMS 0
+#endif
+
 namespace flash_attn::cpu::FA_LEVEL {
 namespace {
 
 constexpr int tile_rows = 4;
 constexpr int max_streams = 6;
+constexpr int max_decode_block = 192;  // keys
 
-// What is read some way after the rows of `streams` keys, a row for each of them, whose lines are asked for meanwhile. What
-// comes into a small L1 pushes out queries and outputs in use, so there it is asked for L2, and earlier. Into a large one too,
-// if there are many: rows that lie a page of memory apart share its sets (docs/performance.md).
-template <bool large_l1>
+// How keys are walked: `stream_count` side by side, whole tiles of dots for every number of rows and whole pairs. And what is
+// read some way after them: a row for each stream, whose lines are asked for meanwhile (docs/performance.md).
+template <int stream_count, bool into_l1>
 struct RowsLater {
-  static constexpr bool has_large_l1 = large_l1;
-  static constexpr int streams = large_l1 ? 4 : 6;  // whole tiles of dots for every number of rows, and whole pairs
-  static constexpr int bytes_ahead = large_l1 ? 2048 : 4096;
+  static constexpr int streams = stream_count;
+  static constexpr int bytes_ahead = into_l1 ? 8192 / streams : 4096;
+  static constexpr int keys_of_block = into_l1 ? max_decode_block : max_decode_block / 2;  // its P stays in L1
 
   const char* const* first;
 
@@ -28,9 +32,15 @@ struct RowsLater {
   template <int count>
   FA_INLINE void ask(std::int64_t byte) const {
 #pragma GCC unroll 8
-    for (int i = 0; i < count; ++i) __builtin_prefetch(first[i] + byte, 0, large_l1 ? 3 : 2);
+    for (int i = 0; i < count; ++i) __builtin_prefetch(first[i] + byte, 0, into_l1 ? 3 : 2);
   }
 };
+
+// What comes into a small L1 pushes out queries and outputs in use, so there it is asked for L2, and earlier. In a large one
+// rows of few keys have room, though they share its sets where they lie a page of memory apart.
+using SixStreamsIntoL2 = RowsLater<6, false>;
+using FourStreamsIntoL1 = RowsLater<4, true>;
+using TwoStreamsIntoL1 = RowsLater<2, true>;
 
 // The kernel for `rows` rows, tile by tile: visit(row, M as a constant).
 template <class Visit>

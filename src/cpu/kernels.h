@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "cpu/attention.h"
+#include "cpu/read_ahead.h"
 #include "cpu/unit.h"
 
 namespace flash_attn::cpu {
@@ -62,7 +63,7 @@ struct DecodeTask {
   KeyRange keys;
   bool is_first;  // of the unit's runs
   Partial partial;
-  bool large_l1;  // of this machine: what is read ahead comes there, else into L2
+  ReadAhead read_ahead;
 };
 
 // Backward. The rows of a unit are prepared once, one block after the other; dQ gathers in float32 blocks of the same rows.

@@ -6,14 +6,12 @@
 namespace flash_attn::cpu::FA_LEVEL {
 namespace {
 
-constexpr int decode_block = 192;  // keys at most
-
 // A block of keys and where they lie. It is read as several streams side by side, each through a stretch of keys of its own, a
 // key a step: so no two streams share a page of memory, where the processor's prefetcher would take them for one.
 struct KeySlots {
   std::int32_t begin;
   int count;
-  KeySlot slots[decode_block + max_streams];  // those after the last key repeat it
+  KeySlot slots[max_decode_block + max_streams];  // those after the last key repeat it
 
   KeySlots() = default;
   KeySlots(const DecodePass& pass, const Unit& unit, std::int32_t first, int keys) : begin(first), count(keys) {
@@ -47,8 +45,9 @@ struct StreamRows {
 
 // The first and the last line of each stream of a block: they may lie in other pages of memory, whose addresses take time to
 // find. All at once, so that this time passes once.
-template <class Later, int streams, DType dtype>
+template <class Later, DType dtype>
 FA_INLINE void ask_for_block(const Unit& unit, const KeyTensor& source, const KeySlots& keys) {
+  constexpr int streams = Later::streams;
   const StreamRows<streams> first(source, keys, 0, unit.kv_head);
   const StreamRows<streams> last(source, keys, max_of(keys.steps(streams) - 1, 0), unit.kv_head + unit.kv_heads - 1);
   Later{first.of_first_head}.template ask<streams>(0);
@@ -60,9 +59,10 @@ constexpr int steps_before_block = 4;  // when ask_for_block comes
 // visit(step, head, rows, later) for all rows of a block, the heads of one step after the other. `later` is what the visitor
 // asks for while it reads `rows`, a line for every line: the same streams, Later::bytes_ahead on, then the first step of
 // `next`. At this steady rate memory works while the arithmetic does; in bursts, or without, it waits (docs/performance.md).
-template <class Later, int streams, DType dtype, class Visit>
+template <class Later, DType dtype, class Visit>
 FA_INLINE void walk(const Unit& unit, const KeyTensor& source, const KeySlots& keys, const KeyTensor& next_source,
                     const KeySlots& next_keys, Visit visit) {
+  constexpr int streams = Later::streams;
   const auto bytes = static_cast<int>(row_bytes<dtype>(source.dim));
   const int heads_ahead = clamp_to(Later::bytes_ahead / max_of(1, bytes), 1, unit.kv_heads);
   const int steps_ahead = heads_ahead / unit.kv_heads;
@@ -75,7 +75,7 @@ FA_INLINE void walk(const Unit& unit, const KeyTensor& source, const KeySlots& k
   };
   StreamRows<streams> next_ahead = rows_at(steps_ahead);
   for (int step = 0; step < steps; ++step) {
-    if (step == steps - steps_before_block) ask_for_block<Later, streams, dtype>(unit, next_source, next_keys);
+    if (step == steps - steps_before_block) ask_for_block<Later, dtype>(unit, next_source, next_keys);
     const StreamRows<streams> ahead = next_ahead;
     next_ahead = rows_at(step + steps_ahead + 1);
     KeyRow<dtype> rows[streams];

@@ -45,11 +45,11 @@ FA_INLINE void for_each_key(int keys, Visit visit) {
 }
 
 // o[row][d] = rescale[row] * o[row][d] + sum over keys of p[key][row] * V_key[d], for W vectors of dims.
-template <DType dtype, int streams, int M, int W, class Later>
+template <DType dtype, int M, int W, class Later>
 FA_INLINE void add_values_tile(const KeyRow<dtype>* values, Later later, int keys, const float* p, std::int64_t p_stride,
                                const float* rescale, std::int64_t d, int tail, float* o, std::int64_t o_stride) {
   OutputTile<M, W> tile(o + d, o_stride, rescale);
-  for_each_key<streams, 1>(
+  for_each_key<Later::streams, 1>(
       keys, [&](int key) __attribute__((always_inline)) {
         Vec v[W];
         const auto row = values[key].from(d);
@@ -87,11 +87,11 @@ FA_INLINE void pair_weights(const float* p, std::int64_t p_stride, int keys, flo
 }
 
 // As add_values_tile, two keys at once.
-template <DType dtype, int streams, int M, int W, class Later>
+template <DType dtype, int M, int W, class Later>
 FA_INLINE void add_value_pairs_tile(const KeyRow<dtype>* values, Later later, int keys, const float* words,
                                     const float* rescale, std::int64_t d, float* o, std::int64_t o_stride) {
   OutputTile<M, W> tile(o + d, o_stride, rescale);
-  for_each_key<streams, 2>(
+  for_each_key<Later::streams, 2>(
       keys, [&](int key) __attribute__((always_inline)) {
         Vec v[W];
         const auto first = values[key].from(d);
@@ -114,30 +114,29 @@ FA_INLINE void add_value_pairs_tile(const KeyRow<dtype>* values, Later later, in
   tile.write(o + d, o_stride);
 }
 
-template <DType dtype, int streams, int M, class Later>
+template <DType dtype, int M, class Later>
 FA_INLINE void add_values(const KeyRow<dtype>* values, Later later, int keys, const float* p, std::int64_t p_stride,
                           const float* rescale, int dim, float* o, std::int64_t o_stride) {
   int d = 0;
   if constexpr (multiplies_pairs<dtype>) {
-    float words[streams / 2 * M];
+    float words[Later::streams / 2 * M];
     pair_weights<M>(p, p_stride, keys, words);
     for (; d + value_vectors * lanes <= dim; d += value_vectors * lanes) {
-      add_value_pairs_tile<dtype, streams, M, value_vectors>(values, later, keys, words, rescale, d, o, o_stride);
+      add_value_pairs_tile<dtype, M, value_vectors>(values, later, keys, words, rescale, d, o, o_stride);
     }
     for (; d < paired_dims<dtype>(dim); d += 2 * lanes) {
-      add_value_pairs_tile<dtype, streams, M, 2>(values, later, keys, words, rescale, d, o, o_stride);
+      add_value_pairs_tile<dtype, M, 2>(values, later, keys, words, rescale, d, o, o_stride);
     }
   } else {
     for (; d + value_vectors * lanes <= dim; d += value_vectors * lanes) {
-      add_values_tile<dtype, streams, M, value_vectors>(values, later, keys, p, p_stride, rescale, d, 0, o, o_stride);
+      add_values_tile<dtype, M, value_vectors>(values, later, keys, p, p_stride, rescale, d, 0, o, o_stride);
     }
     for (; d < paired_dims<dtype>(dim); d += 2 * lanes) {
-      add_values_tile<dtype, streams, M, 2>(values, later, keys, p, p_stride, rescale, d, 0, o, o_stride);
+      add_values_tile<dtype, M, 2>(values, later, keys, p, p_stride, rescale, d, 0, o, o_stride);
     }
   }
   for (; d < dim; d += lanes) {
-    add_values_tile<dtype, streams, M, 1>(values, later, keys, p, p_stride, rescale, d, d + lanes <= dim ? 0 : dim - d, o,
-                                          o_stride);
+    add_values_tile<dtype, M, 1>(values, later, keys, p, p_stride, rescale, d, d + lanes <= dim ? 0 : dim - d, o, o_stride);
   }
 }
 

@@ -240,8 +240,8 @@ TEST(Decode, GivesTheSameBitsForAnyNumberOfThreads) {
   cpu::set_thread_count_for_testing(0);
 }
 
-// A machine's own L1 chooses one of two instances of the kernel, whose blocks differ.
-TEST(Decode, GivesTheSameWhateverTheSizeOfL1) {
+// A machine's caches choose among instances of the kernel, which differ in their blocks and in the order of keys.
+TEST(Decode, GivesTheSameHoweverItReadsAhead) {
   for (int i = 0; i < cpu::isa_level_count(); ++i) {
     const cpu::Kernels& level = cpu::isa_level(i);
     for (const Storage& storage : storages()) {
@@ -256,17 +256,19 @@ TEST(Decode, GivesTheSameWhateverTheSizeOfL1) {
       const cpu::Buffer scratch = cpu::allocate(level.decode_scratch_size(pass, unit.packed_rows()));
       const auto rows = static_cast<std::size_t>(unit.packed_rows());
       const auto row_size = static_cast<std::size_t>(level.partial_row_size(call.problem));
-      const auto decode = [&](bool large_l1) {
+      const auto decode = [&](cpu::ReadAhead read_ahead) {
         std::vector<float> result(rows * (row_size + 1));  // O, then lse
         const cpu::Partial partial = {result.data(), result.data() + rows * row_size};
-        level.decode(pass, {&unit, unit.visible_keys(), true, partial, large_l1}, scratch.get());
+        level.decode(pass, {&unit, unit.visible_keys(), true, partial, read_ahead}, scratch.get());
         return result;
       };
       const float tolerance = problem.dtype == DType::bfloat16 ? 1e-3f : 2e-5f;  // P may be rounded to bfloat16
-      const std::vector<float> small = decode(false);
-      const std::vector<float> large = decode(true);
-      for (std::size_t j = 0; j < small.size(); ++j) {
-        ASSERT_NEAR(small[j], large[j], tolerance) << level.name << ", " << storage.name << ", " << j;
+      const std::vector<float> expected = decode(cpu::ReadAhead::into_l2);
+      for (cpu::ReadAhead read_ahead : {cpu::ReadAhead::into_l1, cpu::ReadAhead::into_l1_from_memory}) {
+        const std::vector<float> got = decode(read_ahead);
+        for (std::size_t j = 0; j < expected.size(); ++j) {
+          ASSERT_NEAR(expected[j], got[j], tolerance) << level.name << ", " << storage.name << ", " << j;
+        }
       }
     }
   }

@@ -1,0 +1,27 @@
+#include "cpu/read_ahead.h"
+
+#include <unistd.h>
+
+namespace flash_attn::cpu {
+namespace {
+
+// More than two cores have of a last-level cache. Systems tell that of several chips for one.
+constexpr std::int64_t most_in_cache = 8 << 20;
+
+bool has_large_l1() {
+#if defined(_SC_LEVEL1_DCACHE_SIZE)
+  static const bool is_large = sysconf(_SC_LEVEL1_DCACHE_SIZE) >= 40 * 1024;
+  return is_large;
+#else
+  return false;
+#endif
+}
+
+}  // namespace
+
+ReadAhead read_ahead_of(std::int64_t bytes) {
+  if (!has_large_l1()) return ReadAhead::into_l2;
+  return bytes > most_in_cache ? ReadAhead::into_l1_from_memory : ReadAhead::into_l1;
+}
+
+}  // namespace flash_attn::cpu

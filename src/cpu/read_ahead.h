@@ -1,0 +1,17 @@
+// Which instance of the decode kernel suits this machine's caches and the size of what is read.
+#pragma once
+
+#include <cstdint>
+
+namespace flash_attn::cpu {
+
+enum class ReadAhead : std::uint8_t {
+  into_l2,             // L1 is small
+  into_l1,             // it has 40 KiB or more for data: Intel since Ice Lake, AMD since Zen 5
+  into_l1_from_memory  // and what is read is too large for other caches
+};
+
+/// For so many bytes of keys and values. An L1 that the system does not tell of counts as small.
+ReadAhead read_ahead_of(std::int64_t bytes);
+
+}  // namespace flash_attn::cpu
