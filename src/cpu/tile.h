@@ -234,7 +234,9 @@ constexpr int score_keys = many_registers ? 8
                                              : N == 2 ? 6
                                                       : 12);
 template <int N>
-constexpr int value_rows = N == 3 ? (many_registers ? 12 : 6) : 4;
+constexpr int value_rows = N == 3           ? (many_registers ? 12 : 6)
+                           : many_registers ? 8
+                                            : 4;
 constexpr int tile_keys = many_registers ? 24 : 12;  // a multiple of every tile's keys: no product runs past a block
 
 constexpr int round_up(int x, int multiple) { return (x + multiple - 1) / multiple * multiple; }

@@ -44,10 +44,10 @@ mx::Shape page_stop(const mx::array& cache, int page) {
   return stop;
 }
 
-/// Numbers of 8 or 16 bits begin at a page of memory and ask for large ones: pages of tokens are read in random order, and the
-/// processor finds the address of each anew. float32 gains nothing (docs/performance.md).
+/// Begins at a page of memory and asks for large ones: pages of tokens are read in random order, and the processor finds the
+/// address of each anew (docs/performance.md).
 mx::array zero_pages(mx::Shape shape, mx::Dtype dtype, mx::StreamOrDevice stream) {
-  if (dtype.size() > 2 || mx::to_stream(stream).device == mx::Device::gpu) return mx::zeros(shape, dtype, stream);
+  if (mx::to_stream(stream).device == mx::Device::gpu) return mx::zeros(shape, dtype, stream);
   constexpr std::size_t page_of_memory = 4096;
   mx::array pool(std::move(shape), dtype, /*primitive=*/nullptr, /*inputs=*/{});
   allocate_at(pool, page_of_memory);
