@@ -29,6 +29,8 @@ MOST_ROUNDS = 8
 # Lets the OpenMP threads of a peer fall asleep: for more than 5 ms after its call they spin on the cores that we would use.
 SETTLE_SECONDS = 0.02
 SHORT_SECONDS = 0.1
+# A call of a millisecond is 2 to 7 % slower the first five times after others than from then on.
+WARM_SECONDS = 0.015
 
 # Each side of a pair is the median of as many calls as fit: single ones of half a millisecond differ by more than pairs shall
 # show.
@@ -56,7 +58,7 @@ def seconds_of(call: Call, settle: float = SETTLE_SECONDS) -> float:
 def best_seconds_of(call: Call) -> float:
     """A short call is repeated at once: the first also pays for waking the CPUs that just slept, and for another's caches."""
     seconds = seconds_of(call)
-    again = 2 if seconds < SHORT_SECONDS else 0
+    again = max(2, int(WARM_SECONDS / seconds)) if seconds < SHORT_SECONDS else 0
     return min([seconds, *(seconds_of(call, settle=0.0) for _ in range(again))])
 
 
