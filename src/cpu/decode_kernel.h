@@ -211,7 +211,7 @@ inline void decode_rows(const DecodePass& pass, const DecodeTask& task, float* s
 // An instance for each way to read ahead.
 template <DType dtype>
 inline void decode_numbers(const DecodePass& pass, const DecodeTask& task, float* scratch) {
-  if (task.read_ahead == ReadAhead::into_l2) return decode_rows<SixStreamsIntoL2, dtype>(pass, task, scratch);
+  if (task.read_ahead == ReadAhead::into_l2) return decode_rows<StreamsIntoL2, dtype>(pass, task, scratch);
   if constexpr (FA_TWO_STREAMS && dtype == DType::float32) {
     // More rows wait for arithmetic, which passes over O less often with four.
     const bool waits_for_memory = task.unit->rows_of_head() <= tile_rows;
@@ -219,13 +219,13 @@ inline void decode_numbers(const DecodePass& pass, const DecodeTask& task, float
       return decode_rows<TwoStreamsIntoL1, dtype>(pass, task, scratch);
     }
   }
-  decode_rows<FourStreamsIntoL1, dtype>(pass, task, scratch);
+  decode_rows<StreamsIntoL1, dtype>(pass, task, scratch);
 }
 
 // MLX's codes take longer to turn into numbers than to arrive: one instance does for any cache.
 template <DType k_dtype, DType v_dtype>
 inline void decode_codes(const DecodePass& pass, const DecodeTask& task, float* scratch) {
-  decode_rows<SixStreamsIntoL2, k_dtype, v_dtype>(pass, task, scratch);
+  decode_rows<StreamsIntoL2, k_dtype, v_dtype>(pass, task, scratch);
 }
 
 // Of the dtypes of a cache, only the two with MLX's codes may be mixed.

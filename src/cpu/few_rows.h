@@ -37,9 +37,10 @@ struct RowsLater {
 };
 
 // What comes into a small L1 pushes out queries and outputs in use, so there it is asked for L2, and earlier. In a large one
-// rows of few keys have room, though they share its sets where they lie a page of memory apart.
-using SixStreamsIntoL2 = RowsLater<6, false>;
-using FourStreamsIntoL1 = RowsLater<4, true>;
+// rows of few keys have room, though they share its sets where they lie a page of memory apart; but few registers hold tiles
+// of three keys, and wait for arithmetic.
+using StreamsIntoL2 = RowsLater<6, false>;
+using StreamsIntoL1 = RowsLater<many_registers ? 4 : 6, true>;
 using TwoStreamsIntoL1 = RowsLater<2, true>;
 
 // The kernel for `rows` rows, tile by tile: visit(row, M as a constant).
