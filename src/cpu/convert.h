@@ -117,6 +117,12 @@ FA_INLINE char* element(void* data, DType dtype, std::int64_t index) {
   return static_cast<char*>(data) + index * size_of(dtype);
 }
 
+// Through a register: a vector read from what was just written a number at a time waits for all of it.
+FA_INLINE float number_of(DType dtype, std::uint16_t bits) {
+  const Half one = {bits};
+  return (dtype == DType::bfloat16 ? from_bfloat16(one) : from_float16(one))[0];
+}
+
 // dst[n] = src[n * stride] in float32.
 inline void read_row(DType dtype, const void* src, std::int64_t stride, int n, float* dst) {
   if (dtype == DType::float32) {
@@ -133,15 +139,7 @@ inline void read_row(DType dtype, const void* src, std::int64_t stride, int n, f
   if (stride == 1) {
     for (; i + lanes <= n; i += lanes) store(dst + i, load_as(dtype, p + i));
   }
-  while (i < n) {
-    std::uint16_t rest[lanes] = {};
-    const int count = n - i < lanes ? n - i : lanes;
-    for (int lane = 0; lane < count; ++lane) rest[lane] = p[(i + lane) * stride];
-    float values[lanes];
-    store(values, load_as(dtype, rest));
-    for (int lane = 0; lane < count; ++lane) dst[i + lane] = values[lane];
-    i += count;
-  }
+  for (; i < n; ++i) dst[i] = number_of(dtype, p[i * stride]);
 }
 
 // dst[n * stride] = src[n] in `dtype`.

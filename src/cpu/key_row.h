@@ -138,6 +138,27 @@ class KeyRow<DType::int8> {
   std::int64_t scale_step_;
 };
 
+// The scales or the biases of a row's groups, one head after the other.
+class GroupNumbers {
+ public:
+  GroupNumbers() = default;
+  FA_INLINE GroupNumbers(DType dtype, const void* data, const Strides& strides, KeySlot slot, std::int32_t head)
+      : dtype_(dtype),
+        row_(slot.exists() ? element(data, dtype, slot.offset(strides, head)) : zero_row),
+        step_(slot.exists() ? strides.head * size_of(dtype) : 0),
+        stride_(slot.exists() ? strides.dim : 0) {}
+  FA_INLINE void read(int groups) { read_row(dtype_, row_, stride_, groups, values_); }
+  FA_INLINE void next_head() { row_ += step_; }
+  FA_INLINE float operator[](std::int64_t group) const { return values_[group]; }
+
+ private:
+  DType dtype_;
+  const char* row_;
+  std::int64_t step_;    // bytes
+  std::int64_t stride_;  // elements
+  float values_[max_head_dim_of_tensor / quantization_group];
+};
+
 template <DType dtype>
 requires(dtype == DType::affine8 || dtype == DType::affine4) class KeyRow<dtype> {
  public:
@@ -145,22 +166,19 @@ requires(dtype == DType::affine8 || dtype == DType::affine4) class KeyRow<dtype>
 
   KeyRow() = default;
   FA_INLINE KeyRow(const KeyTensor& source, KeySlot slot, std::int32_t head)
-      : source_(&source), slot_(slot), head_(head), row_(first_element(source, slot, head)) {
+      : row_(first_element(source, slot, head)), step_(head_step(source, slot)), groups_(source.dim / quantization_group) {
     const ConstQuantization& quantization = *source.quantization;
-    const int groups = source.dim / quantization_group;
-    if (!slot.exists()) {
-      std::memset(scales_, 0, sizeof(scales_));
-      std::memset(biases_, 0, sizeof(biases_));
-      return;
-    }
-    const auto read = [&](const void* data, const Strides& strides, float* values) {
-      read_row(quantization.dtype, element(data, quantization.dtype, slot.offset(strides, head)), strides.dim, groups, values);
-    };
-    read(quantization.scales, quantization.scale_strides, scales_);
-    read(quantization.biases, quantization.bias_strides, biases_);
+    scales_ = GroupNumbers(quantization.dtype, quantization.scales, quantization.scale_strides, slot, head);
+    biases_ = GroupNumbers(quantization.dtype, quantization.biases, quantization.bias_strides, slot, head);
+    read_groups();
   }
 
-  FA_INLINE void next_head() { *this = KeyRow(*source_, slot_, head_ + 1); }
+  FA_INLINE void next_head() {
+    row_ += step_;
+    scales_.next_head();
+    biases_.next_head();
+    read_groups();
+  }
   FA_INLINE auto from(std::int64_t first) const {
     struct Rest {
       const KeyRow& row;
@@ -178,14 +196,16 @@ requires(dtype == DType::affine8 || dtype == DType::affine4) class KeyRow<dtype>
   FA_INLINE float factor() const { return 1.0f; }
 
  private:
-  // Rounded up so that whole vectors fit.
-  static constexpr int max_groups = round_up(max_head_dim_of_tensor / quantization_group, lanes);
-  const KeyTensor* source_;
-  KeySlot slot_;
-  std::int32_t head_;
+  FA_INLINE void read_groups() {
+    scales_.read(groups_);
+    biases_.read(groups_);
+  }
+
   const char* row_;
-  float scales_[max_groups];
-  float biases_[max_groups];
+  std::int64_t step_;
+  int groups_;
+  GroupNumbers scales_;
+  GroupNumbers biases_;
 };
 
 // dst[dim] = the row in float32.
