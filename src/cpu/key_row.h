@@ -43,11 +43,24 @@ constexpr std::int64_t row_bytes(std::int64_t dim) {
   return dtype == DType::float32 ? dim * 4 : dim * 2;
 }
 
-// A copy of the `count` elements of a row that are left, zeros after them: reads no further than the row.
+// A copy of the `count` elements of a row that are left, zeros after them: reads no further than the row. By one store where
+// the level can, since whoever loads a vector from several waits for all of them.
 struct RowTail {
-  alignas(64) char bytes[lanes * sizeof(float)] = {};
+  alignas(64) char bytes[lanes * sizeof(float)];
   FA_INLINE RowTail(const char* rest, int count, std::int64_t size) {
-    std::memcpy(bytes, rest, static_cast<std::size_t>(count * size));
+    const auto left = static_cast<std::size_t>(count * size);
+#if defined(__AVX512BW__) && FA_VECTOR_BYTES == 64
+    _mm512_store_si512(bytes, _mm512_maskz_loadu_epi8((std::uint64_t{1} << left) - 1, rest));
+#elif defined(__AVX2__) && FA_VECTOR_BYTES == 32
+    const __m256i word = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+    const __m256i is_left = _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(left / 4)), word);
+    const __m256i words = _mm256_maskload_epi32(reinterpret_cast<const int*>(rest), is_left);
+    _mm256_store_si256(reinterpret_cast<__m256i*>(bytes), words);
+    if (left % 4 != 0) std::memcpy(bytes + left / 4 * 4, rest + left / 4 * 4, left % 4);
+#else
+    std::memset(bytes, 0, sizeof(bytes));
+    std::memcpy(bytes, rest, left);
+#endif
   }
 };
 
