@@ -64,7 +64,7 @@ FA_INLINE void walk(const Unit& unit, const KeyTensor& source, const KeySlots& k
                     const KeySlots& next_keys, Visit visit) {
   constexpr int streams = Later::streams;
   const auto bytes = static_cast<int>(row_bytes<dtype>(source.dim));
-  const int heads_ahead = clamp_to(Later::bytes_ahead / max_of(1, bytes), 1, unit.kv_heads);
+  const int heads_ahead = max_of(1, Later::bytes_ahead / max_of(1, bytes));
   const int steps_ahead = heads_ahead / unit.kv_heads;
   const int heads_left = heads_ahead % unit.kv_heads;
   const int steps = keys.steps(streams);
