@@ -109,13 +109,12 @@ inline void score_block(const DecodePass& pass, const Unit& unit, const KeySlots
   const int steps = keys.steps(Later::streams);
   // Inlined whatever the compiler thinks of it: out of line it takes a tenth longer.
   const auto multiply = [&]<DType dtype>(const KeyTensor& source, const float* q, std::int64_t q_stride, bool add) {
-    const auto visit = [&](int step, int head, const KeyRow<dtype>* key_rows, Later later) __attribute__((always_inline)) {
-      for_each_row_tile(
-          rows, [&](int tile, auto count) __attribute__((always_inline)) {
-            const int row = head * rows + tile;
-            dots<dtype, count>(key_rows, later, q + row * q_stride, q_stride, source.dim, scale, add,
-                               state.scores + step * stride + row, steps * stride);
-          });
+    const auto visit = [&](int step, int head, const KeyRow<dtype>* key_rows, Later later) FA_INLINE_IF_FAST {
+      for_each_row_tile(rows, [&](int tile, auto count) FA_INLINE_IF_FAST {
+        const int row = head * rows + tile;
+        dots<dtype, count>(key_rows, later, q + row * q_stride, q_stride, source.dim, scale, add,
+                           state.scores + step * stride + row, steps * stride);
+      });
     };
     walk<Later, dtype>(unit, source, keys, v, keys, visit);
   };
@@ -163,15 +162,14 @@ inline void value_block(const DecodePass& pass, const Unit& unit, const KeySlots
   const std::int64_t stride = state.sizes.score_stride;
   const int rows = unit.rows_of_head();
   const int steps = keys.steps(Later::streams);
-  const auto visit = [&](int step, int head, const KeyRow<v_dtype>* value_rows, Later later) __attribute__((always_inline)) {
+  const auto visit = [&](int step, int head, const KeyRow<v_dtype>* value_rows, Later later) FA_INLINE_IF_FAST {
     const int keys_left = min_of(Later::streams, (keys.count - step + steps - 1) / steps);
-    for_each_row_tile(
-        rows, [&](int tile, auto count) __attribute__((always_inline)) {
-          const int row = head * rows + tile;
-          add_values<v_dtype, count>(value_rows, later, keys_left, state.scores + step * stride + row, steps * stride,
-                                     step == 0 ? state.alpha + row : nullptr, v.dim, state.o + row * state.sizes.o_stride,
-                                     state.sizes.o_stride);
-        });
+    for_each_row_tile(rows, [&](int tile, auto count) FA_INLINE_IF_FAST {
+      const int row = head * rows + tile;
+      add_values<v_dtype, count>(value_rows, later, keys_left, state.scores + step * stride + row, steps * stride,
+                                 step == 0 ? state.alpha + row : nullptr, v.dim, state.o + row * state.sizes.o_stride,
+                                 state.sizes.o_stride);
+    });
   };
   walk<Later, v_dtype>(unit, v, keys, k, next, visit);
 }

@@ -109,8 +109,8 @@ FA_INLINE void dots_tile(const KeyRow<dtype>* keys, Later later, const float* q,
 }
 
 template <DType dtype, int M, class Later>
-FA_INLINE void dots(const KeyRow<dtype>* keys, Later later, const float* q, std::int64_t q_stride, int dim, float scale,
-                    bool add, float* scores, std::int64_t stride) {
+inline FA_INLINE_IF_FAST void dots(const KeyRow<dtype>* keys, Later later, const float* q, std::int64_t q_stride, int dim,
+                                   float scale, bool add, float* scores, std::int64_t stride) {
   constexpr int at_once = dot_keys<M, Later::streams>;
   for (int key = 0; key < Later::streams; key += at_once) {
     dots_tile<dtype, at_once, M>(keys + key, later.from(key), q, q_stride, dim, scale, add, scores + key * stride, stride);

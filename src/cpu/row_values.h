@@ -115,8 +115,9 @@ FA_INLINE void add_value_pairs_tile(const KeyRow<dtype>* values, Later later, in
 }
 
 template <DType dtype, int M, class Later>
-FA_INLINE void add_values(const KeyRow<dtype>* values, Later later, int keys, const float* p, std::int64_t p_stride,
-                          const float* rescale, int dim, float* o, std::int64_t o_stride) {
+inline FA_INLINE_IF_FAST void add_values(const KeyRow<dtype>* values, Later later, int keys, const float* p,
+                                         std::int64_t p_stride, const float* rescale, int dim, float* o,
+                                         std::int64_t o_stride) {
   int d = 0;
   if constexpr (multiplies_pairs<dtype>) {
     float words[Later::streams / 2 * M];

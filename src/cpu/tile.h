@@ -18,6 +18,13 @@
 
 #define FA_INLINE inline __attribute__((always_inline))
 
+// Of large bodies, for speed alone: a sanitizer's build, which does not need it, would take minutes longer.
+#if defined(FA_SANITIZED)
+#define FA_INLINE_IF_FAST
+#else
+#define FA_INLINE_IF_FAST __attribute__((always_inline))
+#endif
+
 namespace flash_attn::cpu::FA_LEVEL {
 namespace {
 
