@@ -240,9 +240,9 @@ constexpr int score_keys = many_registers ? 8
                                           : (N == 3   ? 4
                                              : N == 2 ? 6
                                                       : 12);
-// At most the rows of a panel of N vectors.
+// Never more than a panel of N vectors has.
 template <int N>
-constexpr int value_rows = N == 3 ? (many_registers ? 12 : 6) : (lanes* N >= 8 && many_registers ? 8 : 4);
+constexpr int value_rows = N == 3 ? (many_registers ? 12 : 6) : (many_registers && (lanes > 4 || N == 2) ? 8 : 4);
 constexpr int tile_keys = many_registers ? 24 : 12;  // a multiple of every tile's keys: no product runs past a block
 
 constexpr int round_up(int x, int multiple) { return (x + multiple - 1) / multiple * multiple; }
