@@ -179,10 +179,11 @@ requires(dtype == DType::affine8 || dtype == DType::affine4) class KeyRow<dtype>
 
   KeyRow() = default;
   FA_INLINE KeyRow(const KeyTensor& source, KeySlot slot, std::int32_t head)
-      : row_(first_element(source, slot, head)), step_(head_step(source, slot)), groups_(source.dim / quantization_group) {
-    const ConstQuantization& quantization = *source.quantization;
-    scales_ = GroupNumbers(quantization.dtype, quantization.scales, quantization.scale_strides, slot, head);
-    biases_ = GroupNumbers(quantization.dtype, quantization.biases, quantization.bias_strides, slot, head);
+      : row_(first_element(source, slot, head)),
+        step_(head_step(source, slot)),
+        groups_(source.dim / quantization_group),
+        scales_(source.quantization->dtype, source.quantization->scales, source.quantization->scale_strides, slot, head),
+        biases_(source.quantization->dtype, source.quantization->biases, source.quantization->bias_strides, slot, head) {
     read_groups();
   }
 

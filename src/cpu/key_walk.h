@@ -57,8 +57,8 @@ FA_INLINE void ask_for_block(const Unit& unit, const KeyTensor& source, const Ke
 constexpr int steps_before_block = 4;  // when ask_for_block comes
 
 // visit(step, head, rows, later) for all rows of a block, the heads of one step after the other. `later` is what the visitor
-// asks for while it reads `rows`, a line for every line: the same streams, Later::bytes_ahead on, then the first step of
-// `next`. At this steady rate memory works while the arithmetic does; in bursts, or without, it waits (docs/performance.md).
+// asks for while it reads `rows`, a line for every line: the same streams, Later::bytes_ahead on, then the first steps
+// of `next`. At this steady rate memory works while the arithmetic does; in bursts, or without, it waits (docs/performance.md).
 template <class Later, DType dtype, class Visit>
 FA_INLINE void walk(const Unit& unit, const KeyTensor& source, const KeySlots& keys, const KeyTensor& next_source,
                     const KeySlots& next_keys, Visit visit) {
