@@ -21,6 +21,7 @@ template <class Operand, int N>
 inline void value_product(const float* p, const float* v, std::int64_t v_panel_stride, int panels_v, const float* alpha,
                           const Staircase& steps, const RowsOfO& o, RowsAhead& ahead) {
   constexpr int M = value_rows<N>;
+  static_assert(N * lanes % M == 0, "a tile would reach past the panel");
   const int dims = panels_v * dim_panel;
   for (int panel = 0; panel < panels_v; ++panel) {
     for (int row = 0; row < N * lanes; row += M) {
