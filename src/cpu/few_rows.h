@@ -25,6 +25,12 @@ struct RowsLater {
   static constexpr int bytes_ahead = into_l1 ? 8192 / streams : 4096;
   static constexpr int keys_of_block = into_l1 ? max_decode_block : max_decode_block / 2;  // its P stays in L1
 
+  // Whether what comes into L2 is asked for once more, for L1, so many bytes before it is read. Codes of a byte or less,
+  // and levels of few registers, have no time for that: they wait for arithmetic.
+  template <DType dtype>
+  static constexpr bool asks_twice = !into_l1 && many_registers && row_bytes<dtype>(1) > 1;
+  static constexpr int bytes_near = 512;
+
   const char* const* first;
 
   FA_INLINE RowsLater from(int key) const { return {first + key}; }
@@ -33,6 +39,15 @@ struct RowsLater {
   FA_INLINE void ask(std::int64_t byte) const {
 #pragma GCC unroll 8
     for (int i = 0; i < count; ++i) __builtin_prefetch(first[i] + byte, 0, into_l1 ? 3 : 2);
+  }
+  // The same while `rows` are read at that byte.
+  template <int count, DType dtype>
+  FA_INLINE void ask(const KeyRow<dtype>* rows, std::int64_t byte) const {
+    ask<count>(byte);
+    if constexpr (asks_twice<dtype>) {
+#pragma GCC unroll 8
+      for (int i = 0; i < count; ++i) rows[i].ask(byte + bytes_near);
+    }
   }
 };
 

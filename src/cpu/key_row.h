@@ -65,7 +65,8 @@ struct RowTail {
 };
 
 // load(d) gives dims [d, d + lanes) over factor(), load_tail(d, count) when only `count` are left, load_pair<odd>(d) every
-// second one of [d, d + 2 * lanes). from(d) is the row without its first d dims, next_head() goes to the same key's next row.
+// second one of [d, d + 2 * lanes). from(d) is the row without its first d dims, next_head() goes to the same key's next row,
+// ask(byte) brings the line so far behind the row's first byte into L1.
 template <DType dtype>
 class KeyRow {
  public:
@@ -102,6 +103,7 @@ class KeyRow {
     return row;
   }
   FA_INLINE float factor() const { return 1.0f; }
+  FA_INLINE void ask(std::int64_t byte) const { __builtin_prefetch(row_ + byte); }
 
  private:
   static FA_INLINE Vec load_from(const char* p) {

@@ -41,7 +41,7 @@ FA_INLINE void add_dots(const KeyRow<dtype>* keys, Later later, const float* q, 
     for (; d < paired_dims<dtype>(dim); d += 2 * lanes) {
 #pragma GCC unroll 8
       for (int i = 0; i < K; ++i) k[i] = keys[i].load_words(d);
-      later.template ask<K>(row_bytes<dtype>(d));
+      later.template ask<K>(keys, row_bytes<dtype>(d));
 #pragma GCC unroll 4
       for (int m = 0; m < M; ++m) {
         const Vec row = load(q + m * q_stride + d / 2);
@@ -55,7 +55,7 @@ FA_INLINE void add_dots(const KeyRow<dtype>* keys, Later later, const float* q, 
       unroll<2>([&](auto odd) {
 #pragma GCC unroll 8
         for (int i = 0; i < K; ++i) k[i] = keys[i].template load_pair<odd>(d);
-        if (!odd) later.template ask<K>(row_bytes<dtype>(d));
+        if (!odd) later.template ask<K>(keys, row_bytes<dtype>(d));
         add(d + odd * lanes, k);
       });
     }
@@ -63,7 +63,7 @@ FA_INLINE void add_dots(const KeyRow<dtype>* keys, Later later, const float* q, 
   for (; d + lanes <= dim; d += lanes) {
 #pragma GCC unroll 8
     for (int i = 0; i < K; ++i) k[i] = keys[i].load(d);
-    later.template ask<K>(row_bytes<dtype>(d));
+    later.template ask<K>(keys, row_bytes<dtype>(d));
     add(d, k);
   }
   if constexpr (KeyRow<dtype>::has_tail) {

@@ -63,7 +63,7 @@ FA_INLINE void add_values_tile(const KeyRow<dtype>* values, Later later, int key
           }
         });
         for (int byte = 0; byte < row_bytes<dtype>(W * lanes); byte += cache_line) {
-          later.from(key).template ask<1>(row_bytes<dtype>(d) + byte);
+          later.from(key).template ask<1>(values + key, row_bytes<dtype>(d) + byte);
         }
         const float factor = values[key].factor();
 #pragma GCC unroll 4
@@ -102,7 +102,7 @@ FA_INLINE void add_value_pairs_tile(const KeyRow<dtype>* values, Later later, in
           const Vec b = second.load_words(w * lanes);
           v[w] = Bfloat16Operand::word_of_rows<0>(a, b);
           v[w + 1] = Bfloat16Operand::word_of_rows<1>(a, b);
-          later.from(key).template ask<2>(row_bytes<dtype>(d + w * lanes));
+          later.from(key).template ask<2>(values + key, row_bytes<dtype>(d + w * lanes));
         }
 #pragma GCC unroll 4
         for (int m = 0; m < M; ++m) {
