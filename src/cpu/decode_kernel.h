@@ -24,22 +24,29 @@ struct DecodeSizes {
   std::int64_t q_stride;
   std::int64_t qv_stride;  // 0: no qv
   std::int64_t o_stride;
+  std::int64_t numbers;  // of a block's codes
 
-  DecodeSizes(const AttentionProblem& problem, int unit_rows)
+  DecodeSizes(const DecodePass& pass, int unit_rows)
       : rows(unit_rows),
         score_stride(round_up(unit_rows, lanes)),
-        q_stride(round_up(problem.head_dim, lanes)),
-        qv_stride(problem.has_qv ? round_up(problem.head_dim_v, lanes) : 0),
-        o_stride(round_up(problem.head_dim_v, lanes)) {}
+        q_stride(round_up(pass.problem->head_dim, lanes)),
+        qv_stride(pass.problem->has_qv ? round_up(pass.problem->head_dim_v, lanes) : 0),
+        o_stride(round_up(pass.problem->head_dim_v, lanes)),
+        numbers(0) {
+    if (!is_affine(pass.inputs->k.dtype)) return;
+    const int most_kv_heads = unit_rows / pass.problem->group();
+    const int groups = max_of(pass.problem->head_dim, pass.problem->head_dim_v) / quantization_group;
+    numbers = std::int64_t{2 * max_decode_block} * most_kv_heads * groups;
+  }
 
   std::int64_t scores() const { return (max_decode_block + max_streams) * score_stride; }
   std::int64_t mask_rows() const { return std::int64_t{lanes} * round_up(max_decode_block, lanes); }
-  std::int64_t total() const { return scores() + mask_rows() + rows * (q_stride + qv_stride + o_stride) + score_stride; }
+  std::int64_t total() const {
+    return scores() + mask_rows() + rows * (q_stride + qv_stride + o_stride) + score_stride + numbers;
+  }
 };
 
-inline std::int64_t decode_scratch_size(const DecodePass& pass, std::int32_t rows) {
-  return DecodeSizes(*pass.problem, rows).total();
-}
+inline std::int64_t decode_scratch_size(const DecodePass& pass, std::int32_t rows) { return DecodeSizes(pass, rows).total(); }
 
 struct DecodeState {
   DecodeSizes sizes;
@@ -52,9 +59,10 @@ struct DecodeState {
   float* qv;
   float* o;
   float* alpha;
+  float* numbers;
 
   DecodeState(const DecodePass& pass, const DecodeTask& task, float* scratch)
-      : sizes(*pass.problem, task.unit->packed_rows()), panel_count((sizes.rows + panel_rows - 1) / panel_rows) {
+      : sizes(pass, task.unit->packed_rows()), panel_count((sizes.rows + panel_rows - 1) / panel_rows) {
     const auto take = [&scratch](std::int64_t size) { return (scratch += size) - size; };
     scores = take(sizes.scores());
     mask_rows = take(sizes.mask_rows());
@@ -62,6 +70,7 @@ struct DecodeState {
     qv = take(sizes.rows * sizes.qv_stride);
     o = take(sizes.rows * sizes.o_stride);
     alpha = take(sizes.score_stride);
+    numbers = take(sizes.numbers);
     // The columns after the last row are computed with the others.
     if (sizes.rows < sizes.score_stride) std::memset(scores, 0, static_cast<std::size_t>(sizes.scores()) * sizeof(float));
     std::memset(o, 0, static_cast<std::size_t>(sizes.rows * sizes.o_stride) * sizeof(float));
@@ -116,7 +125,7 @@ inline void score_block(const DecodePass& pass, const Unit& unit, const KeySlots
                            state.scores + step * stride + row, steps * stride);
       });
     };
-    walk<Later, dtype>(unit, source, keys, v, keys, visit);
+    walk<Later, dtype>(unit, BlockRows<dtype>(pass, unit, source, keys, state.numbers), v, keys, visit);
   };
   multiply.template operator()<k_dtype>(k, state.q, state.sizes.q_stride, false);
   if (problem.has_qv) multiply.template operator()<v_dtype>(v, state.qv, state.sizes.qv_stride, true);
@@ -171,7 +180,7 @@ inline void value_block(const DecodePass& pass, const Unit& unit, const KeySlots
                                  state.sizes.o_stride);
     });
   };
-  walk<Later, v_dtype>(unit, v, keys, k, next, visit);
+  walk<Later, v_dtype>(unit, BlockRows<v_dtype>(pass, unit, v, keys, state.numbers), k, next, visit);
 }
 
 template <DType v_dtype>

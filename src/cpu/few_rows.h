@@ -58,6 +58,12 @@ using StreamsIntoL2 = RowsLater<6, false>;
 using StreamsIntoL1 = RowsLater<many_registers ? 4 : 6, true>;
 using TwoStreamsIntoL1 = RowsLater<2, true>;
 
+FA_INLINE Part load_part(const float* p) {
+  Part x;
+  std::memcpy(&x, p, sizeof(x));
+  return x;
+}
+
 // The kernel for `rows` rows, tile by tile: visit(row, M as a constant).
 template <class Visit>
 FA_INLINE void for_each_row_tile(int rows, Visit visit) {

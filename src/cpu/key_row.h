@@ -1,10 +1,8 @@
 // One head's row of k or v, whatever its dtype: read along its dims, `lanes` at a time, in float32.
 #pragma once
 
-#include "cpu/convert.h"
-#include "cpu/key_slot.h"
+#include "cpu/group_numbers.h"
 #include "cpu/paired_dims.h"
-#include "semantics/quantization.h"
 
 namespace flash_attn::cpu::FA_LEVEL {
 namespace {
@@ -31,9 +29,16 @@ inline const char* first_element(const KeyTensor& source, KeySlot slot, std::int
   return slot.exists() ? element(tensor.data, tensor.dtype, slot.offset(tensor.strides, head)) : zero_row;
 }
 
-// Bytes from a head's row to the next head's; a page that does not exist is the same row for all.
-inline std::int64_t head_step(const KeyTensor& source, KeySlot slot) {
-  return slot.exists() ? source.tensor->strides.head * size_of(source.tensor->dtype) : 0;
+// Which row comes after a row: of the same key and the next head, or of the next key and the same head.
+enum class Along : std::uint8_t { heads, keys };
+
+// Elements to it; a page that does not exist is the same row for all.
+FA_INLINE std::int64_t step_of(const Strides& strides, KeySlot slot, Along along) {
+  if (!slot.exists()) return 0;
+  return along == Along::heads ? strides.head : strides.seq;
+}
+FA_INLINE std::int64_t step_bytes(const KeyTensor& source, KeySlot slot, Along along) {
+  return step_of(source.tensor->strides, slot, along) * size_of(source.tensor->dtype);
 }
 
 template <DType dtype>
@@ -65,17 +70,18 @@ struct RowTail {
 };
 
 // load(d) gives dims [d, d + lanes) over factor(), load_tail(d, count) when only `count` are left, load_pair<odd>(d) every
-// second one of [d, d + 2 * lanes). from(d) is the row without its first d dims, next_head() goes to the same key's next row,
-// ask(byte) brings the line so far behind the row's first byte into L1.
+// second one of [d, d + 2 * lanes). from(d) is the row without its first d dims, over factor_from(d). next() goes along the
+// axis, ask(byte) brings the line so far behind the row's first byte into L1.
 template <DType dtype>
 class KeyRow {
  public:
   static constexpr bool has_tail = true;
+  static constexpr bool has_bias = false;
 
   KeyRow() = default;
-  FA_INLINE KeyRow(const KeyTensor& source, KeySlot slot, std::int32_t head)
-      : row_(first_element(source, slot, head)), step_(head_step(source, slot)) {}
-  FA_INLINE void next_head() { row_ += step_; }
+  FA_INLINE KeyRow(const KeyTensor& source, KeySlot slot, std::int32_t head, Along along)
+      : row_(first_element(source, slot, head)), step_(step_bytes(source, slot, along)) {}
+  FA_INLINE void next() { row_ += step_; }
   FA_INLINE KeyRow from(std::int64_t d) const {
     KeyRow rest = *this;
     rest.row_ += d * size_of(dtype);
@@ -103,6 +109,7 @@ class KeyRow {
     return row;
   }
   FA_INLINE float factor() const { return 1.0f; }
+  FA_INLINE float factor_from(std::int64_t) const { return factor(); }
   FA_INLINE void ask(std::int64_t byte) const { __builtin_prefetch(row_ + byte); }
 
  private:
@@ -122,17 +129,18 @@ template <>
 class KeyRow<DType::int8> {
  public:
   static constexpr bool has_tail = true;
+  static constexpr bool has_bias = false;
 
   KeyRow() = default;
-  FA_INLINE KeyRow(const KeyTensor& source, KeySlot slot, std::int32_t head)
-      : row_(first_element(source, slot, head)), step_(head_step(source, slot)) {
+  FA_INLINE KeyRow(const KeyTensor& source, KeySlot slot, std::int32_t head, Along along)
+      : row_(first_element(source, slot, head)), step_(step_bytes(source, slot, along)) {
     const ConstQuantization& quantization = *source.quantization;
     static constexpr float zero = 0.0f;
     scale_ =
         slot.exists() ? static_cast<const float*>(quantization.scales) + slot.offset(quantization.scale_strides, head) : &zero;
-    scale_step_ = slot.exists() ? quantization.scale_strides.head : 0;
+    scale_step_ = step_of(quantization.scale_strides, slot, along);
   }
-  FA_INLINE void next_head() {
+  FA_INLINE void next() {
     row_ += step_;
     scale_ += scale_step_;
   }
@@ -145,6 +153,7 @@ class KeyRow<DType::int8> {
   FA_INLINE Vec load(std::int64_t d) const { return from_int8(row_ + d); }
   FA_INLINE Vec load_tail(std::int64_t d, int count) const { return from_int8(RowTail(row_ + d, count, 1).bytes); }
   FA_INLINE float factor() const { return *scale_; }
+  FA_INLINE float factor_from(std::int64_t) const { return factor(); }
 
  private:
   const char* row_;
@@ -153,81 +162,77 @@ class KeyRow<DType::int8> {
   std::int64_t scale_step_;
 };
 
-// The scales or the biases of a row's groups, one head after the other.
-class GroupNumbers {
- public:
-  GroupNumbers() = default;
-  FA_INLINE GroupNumbers(DType dtype, const void* data, const Strides& strides, KeySlot slot, std::int32_t head)
-      : dtype_(dtype),
-        row_(slot.exists() ? element(data, dtype, slot.offset(strides, head)) : zero_row),
-        step_(slot.exists() ? strides.head * size_of(dtype) : 0),
-        stride_(slot.exists() ? strides.dim : 0) {}
-  FA_INLINE void read(int groups) { read_row(dtype_, row_, stride_, groups, values_); }
-  FA_INLINE void next_head() { row_ += step_; }
-  FA_INLINE float operator[](std::int64_t group) const { return values_[group]; }
+constexpr bool is_affine(DType dtype) { return dtype == DType::affine8 || dtype == DType::affine4; }
 
- private:
-  DType dtype_;
-  const char* row_;
-  std::int64_t step_;    // bytes
-  std::int64_t stride_;  // elements
-  float values_[max_head_dim_of_tensor / quantization_group];
-};
-
+// A row of MLX's codes. from(d) has the codes themselves, of dim d's group: they lack bias_from(d), too.
 template <DType dtype>
-requires(dtype == DType::affine8 || dtype == DType::affine4) class KeyRow<dtype> {
+requires(is_affine(dtype)) class KeyRow<dtype> {
  public:
   static constexpr bool has_tail = false;  // whole groups only
+  static constexpr bool has_bias = true;
 
   KeyRow() = default;
-  FA_INLINE KeyRow(const KeyTensor& source, KeySlot slot, std::int32_t head)
+  FA_INLINE KeyRow(const KeyTensor& source, KeySlot slot, std::int32_t head, Along along, GroupNumbers numbers)
       : row_(first_element(source, slot, head)),
-        step_(head_step(source, slot)),
+        step_(step_bytes(source, slot, along)),
         groups_(source.dim / quantization_group),
-        scales_(source.quantization->dtype, source.quantization->scales, source.quantization->scale_strides, slot, head),
-        biases_(source.quantization->dtype, source.quantization->biases, source.quantization->bias_strides, slot, head) {
-    read_groups();
-  }
-
-  FA_INLINE void next_head() {
+        numbers_(numbers) {}
+  FA_INLINE void next() {
     row_ += step_;
-    scales_.next_head();
-    biases_.next_head();
-    read_groups();
+    numbers_.scales += groups_;
+    numbers_.biases += groups_;
   }
   FA_INLINE auto from(std::int64_t first) const {
-    struct Rest {
+    struct Codes {
       const KeyRow& row;
       std::int64_t first;
-      FA_INLINE Vec load(std::int64_t d) const { return row.load(first + d); }
+      FA_INLINE Vec load(std::int64_t d) const { return row.codes(first + d); }
     };
-    return Rest{*this, first};
+    return Codes{*this, first};
   }
+  FA_INLINE float factor_from(std::int64_t d) const { return numbers_.scales[d / quantization_group]; }
+  FA_INLINE float bias_from(std::int64_t d) const { return numbers_.biases[d / quantization_group]; }
 
   FA_INLINE Vec load(std::int64_t d) const {
     const std::int64_t group = d / quantization_group;
-    const Vec codes = dtype == DType::affine8 ? from_uint8(row_ + d) : from_uint4(row_ + d / 2);
-    return dequantized(codes, splat(scales_[group]), splat(biases_[group]));
+    return dequantized(codes(d), splat(numbers_.scales[group]), splat(numbers_.biases[group]));
   }
   FA_INLINE float factor() const { return 1.0f; }
 
  private:
-  FA_INLINE void read_groups() {
-    scales_.read(groups_);
-    biases_.read(groups_);
+  FA_INLINE Vec codes(std::int64_t d) const {
+    return dtype == DType::affine8 ? from_uint8(row_ + d) : from_uint4(row_ + d / 2);
   }
 
   const char* row_;
   std::int64_t step_;
   int groups_;
-  GroupNumbers scales_;
-  GroupNumbers biases_;
+  GroupNumbers numbers_;
 };
+
+// [groups] of scales, then of biases: of the unit's heads, for so many keys from `slot` on.
+inline void read_numbers_of_keys(const KeyTensor& source, KeySlot slot, std::int32_t keys, std::int32_t head,
+                                 std::int32_t heads, float* scales, float* biases) {
+  const ConstQuantization& quantization = *source.quantization;
+  const int groups = source.dim / quantization_group;
+  read_group_numbers(quantization.dtype, quantization.scales, quantization.scale_strides, slot, keys, head, heads, groups,
+                     scales);
+  read_group_numbers(quantization.dtype, quantization.biases, quantization.bias_strides, slot, keys, head, heads, groups,
+                     biases);
+}
 
 // dst[dim] = the row in float32.
 template <DType dtype>
 inline void dequantize_row(const KeyTensor& source, KeySlot slot, std::int32_t head, float* dst) {
-  const KeyRow<dtype> row(source, slot, head);
+  KeyRow<dtype> row;
+  [[maybe_unused]] float scales[max_head_dim_of_tensor / quantization_group];
+  [[maybe_unused]] float biases[max_head_dim_of_tensor / quantization_group];
+  if constexpr (is_affine(dtype)) {
+    read_numbers_of_keys(source, slot, 1, head, 1, scales, biases);
+    row = {source, slot, head, Along::heads, {scales, biases}};
+  } else {
+    row = {source, slot, head, Along::heads};
+  }
   int d = 0;
   for (; d + lanes <= source.dim; d += lanes) store(dst + d, row.load(d) * row.factor());
   if constexpr (KeyRow<dtype>::has_tail) {

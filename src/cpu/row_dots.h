@@ -10,12 +10,6 @@ namespace {
 template <int M, int streams>
 constexpr int dot_keys = many_registers || M < 3 ? streams : streams / 2;
 
-FA_INLINE Part load_part(const float* p) {
-  Part x;
-  std::memcpy(&x, p, sizeof(x));
-  return x;
-}
-
 // Sums of the lanes of four vectors.
 FA_INLINE Part sums_of_lanes(Vec a, Vec b, Vec c, Vec d) {
   // Neighbouring lanes of a 128-bit part first: [a0 + a2, b0 + b2, a1 + a3, b1 + b3] of each part.

@@ -18,10 +18,20 @@ struct OutputTile {
 #pragma GCC unroll 4
     for (int m = 0; m < M; ++m) {
 #pragma GCC unroll 4
-      for (int w = 0; w < W; ++w) {
-        acc[m][w] = load(o + m * o_stride + w * lanes);
-        if (rescale) acc[m][w] *= rescale[m];
-      }
+      for (int w = 0; w < W; ++w) acc[m][w] = load(o + m * o_stride + w * lanes);
+    }
+    if (rescale == nullptr) return;
+#pragma GCC unroll 4
+    for (int m = 0; m < M; ++m) {
+#pragma GCC unroll 4
+      for (int w = 0; w < W; ++w) acc[m][w] *= rescale[m];
+    }
+  }
+  FA_INLINE void add(Part bias) {
+#pragma GCC unroll 4
+    for (int m = 0; m < M; ++m) {
+#pragma GCC unroll 4
+      for (int w = 0; w < W; ++w) acc[m][w] += splat(bias[m]);
     }
   }
   FA_INLINE void write(float* o, std::int64_t o_stride) const {
@@ -49,6 +59,7 @@ template <DType dtype, int M, int W, class Later>
 FA_INLINE void add_values_tile(const KeyRow<dtype>* values, Later later, int keys, const float* p, std::int64_t p_stride,
                                const float* rescale, std::int64_t d, int tail, float* o, std::int64_t o_stride) {
   OutputTile<M, W> tile(o + d, o_stride, rescale);
+  Part bias = {};  // of each row's sum; the dims of a tile lie in one group of codes
   for_each_key<Later::streams, 1>(
       keys, [&](int key) __attribute__((always_inline)) {
         Vec v[W];
@@ -65,7 +76,8 @@ FA_INLINE void add_values_tile(const KeyRow<dtype>* values, Later later, int key
         for (int byte = 0; byte < row_bytes<dtype>(W * lanes); byte += cache_line) {
           later.from(key).template ask<1>(values + key, row_bytes<dtype>(d) + byte);
         }
-        const float factor = values[key].factor();
+        const float factor = values[key].factor_from(d);
+        if constexpr (KeyRow<dtype>::has_bias) bias += load_part(p + key * p_stride) * values[key].bias_from(d);
 #pragma GCC unroll 4
         for (int m = 0; m < M; ++m) {
           const Vec weight = splat(p[key * p_stride + m] * factor);
@@ -73,6 +85,7 @@ FA_INLINE void add_values_tile(const KeyRow<dtype>* values, Later later, int key
           for (int w = 0; w < W; ++w) tile.acc[m][w] += weight * v[w];
         }
       });
+  if constexpr (KeyRow<dtype>::has_bias) tile.add(bias);
   tile.write(o + d, o_stride);
 }
 

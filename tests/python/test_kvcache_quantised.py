@@ -317,3 +317,33 @@ def test_codes_may_lie_in_any_strides(rng, seqlen_q):
     for k in (every_second, backwards, heads_first):
         assert mx.array_equal(flash_attn_with_kvcache(q, k, mx.array(codes), k_scale=scale, v_scale=scale), whole)
         assert mx.array_equal(flash_attn_with_kvcache(q, mx.array(codes), k, k_scale=scale, v_scale=scale), whole)
+
+
+def heads_first(part: mx.array) -> mx.array:
+    """The same numbers, a head's side by side in memory, as mlx-lm's caches have them."""
+    return mx.contiguous(part.swapaxes(1, 2)).swapaxes(1, 2)
+
+
+@each_format
+@pytest.mark.parametrize("page_size", [None, 2, 5, 16])
+@pytest.mark.parametrize("seqlen_q", [1, 3])
+def test_caches_head_after_head(rng, format_, page_size, seqlen_q):
+    """Their rows are found a few keys at a time; a page may end, or be missing, anywhere between them."""
+    arguments = cache_call(rng, 2, seqlen_q, 330, dim=128) | {"cache_seqlens": integers(330, 101), "causal": True}
+    if page_size:
+        arguments = page(rng, arguments, page_size)
+        table = np.array(arguments["block_table"])
+        table[0, 3] = -1
+        arguments["block_table"] = mx.array(table)
+    arguments = quantised(arguments, format_)
+    turned = dict(arguments)
+    for name in CACHES:
+        part = arguments[name]
+        turned[name] = heads_first(part) if isinstance(part, mx.array) else tuple(heads_first(x) for x in part)
+    for name in ("k_scale", "v_scale"):
+        if name in arguments:
+            turned[name] = heads_first(arguments[name])
+    np.testing.assert_allclose(
+        to_numpy(flash_attn_with_kvcache(**turned)), to_numpy(flash_attn_with_kvcache(**arguments)), atol=2e-6
+    )
+    check(turned)
