@@ -8,7 +8,7 @@ import mlx.core as mx
 import numpy as np
 from flash_attn import PagedKVCache
 
-from case import INT8, DecodeCase
+from case import INT8, MLX_CODES, DecodeCase
 
 BLOCK_TOKENS = 32768  # a multiple of every case's tokens: its caches fill whole blocks
 
@@ -20,13 +20,13 @@ class CachePool:
     def __init__(self, dtype: str, least_bytes: int, heads_k: int = 8, head_dim: int = 128) -> None:
         rng = np.random.default_rng(0)
         block = [mx.array(rng.standard_normal((BLOCK_TOKENS, heads_k, head_dim), dtype=np.float32)) for _ in range(2)]
-        parts = _quantised(block) if dtype == INT8 else [x.astype(getattr(mx, dtype)) for x in block]
+        parts = _in_dtype(block, dtype)
         block_bytes = sum(x.nbytes for x in parts)
         blocks = -(-least_bytes // block_bytes)
         self.dtype = dtype
         self.tokens = blocks * BLOCK_TOKENS
         self.bytes_a_token = block_bytes // BLOCK_TOKENS
-        # k, v (tokens, heads_k, head_dim); of int8 also their scales (tokens, heads_k)
+        # k, v (tokens, heads_k, head_dim); of int8 also their scales (tokens, heads_k); of MLX's codes k's three parts and v's
         self.arrays = [mx.concatenate([x] * blocks) for x in parts]
         mx.eval(self.arrays)
 
@@ -41,7 +41,8 @@ class CachePool:
         return 1 if case.in_cache else self.tokens // case.tokens
 
     def cache(self, case: DecodeCase, index: int, heads_first: bool = False) -> list[mx.array]:
-        """Cache number `index`: views (batch, length, heads_k, ...), or the same memory as (batch, heads_k, length, ...)."""
+        """Cache number `index`, part by part: views (batch, length, heads_k, ...), or the same memory as (batch, heads_k,
+        length, ...)."""
         part = slice(index * case.tokens, (index + 1) * case.tokens)
         axes = (case.heads_k, case.length) if heads_first else (case.length, case.heads_k)
         views = [x[part].reshape(case.batch, *axes, *x.shape[2:]) for x in self.arrays]
@@ -62,6 +63,14 @@ class CachePool:
         for to, content in zip(pages, self.arrays, strict=True):
             memoryview(to.reshape(-1).view(mx.uint8))[:] = memoryview(content.reshape(-1).view(mx.uint8))
         return pages
+
+
+def _in_dtype(arrays: list[mx.array], dtype: str) -> list[mx.array]:
+    if dtype == INT8:
+        return _quantised(arrays)
+    if dtype in MLX_CODES:
+        return [part for x in arrays for part in mx.quantize(x.astype(mx.float16), group_size=64, bits=MLX_CODES[dtype])]
+    return [x.astype(getattr(mx, dtype)) for x in arrays]
 
 
 def _quantised(arrays: list[mx.array]) -> list[mx.array]:

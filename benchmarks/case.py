@@ -12,6 +12,7 @@ PASSES = (FORWARD, FORWARD_BACKWARD)
 
 DTYPE_NAMES = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
 INT8 = "int8"  # K and V in int8 with a float32 scale a token and kv head; q in float16
+MLX_CODES = {"mlx8": 8, "mlx4": 4}  # K and V as mx.quantize gives them, in so many bits, groups of 64; q in float16
 
 # Lengths of 128 to 1024, 4096 tokens in all.
 VARLEN_LENGTHS = (128, 256, 384, 512, 512, 640, 640, 1024)
@@ -121,11 +122,12 @@ class DecodeCase:
     heads_k: int = 8
     head_dim: int = 128
     seqlen_q: int = 1
+    heads_first: bool = False  # a head's tokens lie side by side, as in mlx-lm; else a token's heads
     in_cache: bool = False  # every call reads the same keys: the processor's caches hold them
 
     @property
     def query_dtype(self) -> str:
-        return "float16" if self.dtype == INT8 else self.dtype
+        return "float16" if self.dtype == INT8 or self.dtype in MLX_CODES else self.dtype
 
     @property
     def tokens(self) -> int:
@@ -136,7 +138,8 @@ class DecodeCase:
         queries = f" Q{self.seqlen_q}" if self.seqlen_q > 1 else ""
         dtype = DTYPE_NAMES.get(self.dtype, self.dtype)
         heads = _heads(self.heads, self.heads_k)
-        return f"{dtype} B{self.batch} L{self.length}{queries} {heads} D{self.head_dim}{' in cache' if self.in_cache else ''}"
+        where = " heads first" * self.heads_first + " in cache" * self.in_cache
+        return f"{dtype} B{self.batch} L{self.length}{queries} {heads} D{self.head_dim}{where}"
 
     def flops(self) -> float:
         """Every query counts every key: exact for one query."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 
-from case import DTYPE_NAMES, FEATURES, FORWARD, FORWARD_BACKWARD, INT8, PASSES, Case, DecodeCase, with_features
+from case import DTYPE_NAMES, FEATURES, FORWARD, FORWARD_BACKWARD, INT8, MLX_CODES, PASSES, Case, DecodeCase, with_features
 
 
 def _forward() -> list[Case]:
@@ -101,19 +101,24 @@ def grid_cases(
 
 # ---- caches
 
-DECODE_DTYPES = (*DTYPE_NAMES, INT8)
+DECODE_DTYPES = (*DTYPE_NAMES, INT8, *MLX_CODES)
 DECODE_SHAPES = ((8, 4096), (1, 4096), (1, 16384))  # batch, live tokens
 PREFILL_SHAPES = ((2048, 2048), (4096, 512))  # live tokens, queries: a whole prompt, and a part of a longer one
 PAGE_SIZES = (16, 128)
 
 
 def decode_cases(dtype: str) -> list[DecodeCase]:
+    if dtype in MLX_CODES:
+        return [DecodeCase(1, 4096, dtype, heads_first=heads_first) for heads_first in (False, True)]
     beyond_caches = [DecodeCase(batch, length, dtype) for batch, length in DECODE_SHAPES]
-    return [*beyond_caches, DecodeCase(1, 512, dtype, in_cache=True)]
+    heads_first = [DecodeCase(1, 4096, dtype, heads_first=True)] if dtype == "float16" else []
+    return [*beyond_caches, *heads_first, DecodeCase(1, 512, dtype, in_cache=True)]
 
 
 def paged_cases(dtype: str) -> list[DecodeCase]:
     """Timed in pages of PAGE_SIZES against a contiguous cache."""
+    if dtype in MLX_CODES:
+        return []
     prefill = [DecodeCase(1, length, dtype, heads=8, seqlen_q=queries) for length, queries in PREFILL_SHAPES]
     return [DecodeCase(batch, length, dtype) for batch, length in DECODE_SHAPES] + (prefill if dtype == "float32" else [])
 

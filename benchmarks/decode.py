@@ -105,7 +105,8 @@ class _Burst(SelfTimed):
 def _row(case: DecodeCase, implementation: str, timing: Timing, read: Timing, nbytes: int) -> Row:
     return {
         "label": case.label, "dtype": case.dtype, "batch": case.batch, "length": case.length, "heads": case.heads,
-        "heads_k": case.heads_k, "head_dim": case.head_dim, "in_cache": case.in_cache, "implementation": implementation,
+        "heads_k": case.heads_k, "head_dim": case.head_dim, "heads_first": case.heads_first, "in_cache": case.in_cache,
+        "implementation": implementation,
         "ms": timing.seconds * 1e3, "runs": timing.runs, "once": timing.runs == 1, "bytes": nbytes, "flops": case.flops(),
         "gbs": nbytes / timing.seconds * 1e-9, "gflops": case.flops() / timing.seconds * 1e-9,
         "read_gbs": nbytes / statistics.median(read.rounds) * 1e-9, "of_read": median_of_rounds(read, timing),

@@ -151,7 +151,7 @@ def print_decode(console: Console, rows: list[Row]) -> None:
         )
     console.print(table)
     console.print(
-        "GB/s: K and V (int8: and their scales) read once, at the fastest. read: a loop that only reads as many bytes, in "
+        "GB/s: K and V (their scales and biases too) read once, at the fastest. read: a loop that only reads as many bytes, in "
         "turns with the others; its GB/s and shares of it are medians of rounds. Each call reads another cache; all of them "
         "together are as large as what that loop walks through; in cache: the same one, calls in a row. * a peer slower than a "
         "second, run once",

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from case import FORWARD, FORWARD_BACKWARD, INT8
+from case import FORWARD, FORWARD_BACKWARD, INT8, MLX_CODES
 from peers import TITLES
 
 Row = dict[str, Any]
@@ -135,6 +135,8 @@ def evaluate_decode(rows: list[Row], fma_gflops: float, cache_gbs: float, empty_
             targets.append(Target(what, "us", need, ours["ms"] * 1e3, at_most=True))
             targets += _ahead(what, ours, peers, AHEAD, None)
             continue
+        if ours["heads_first"] or ours["dtype"] in MLX_CODES:
+            continue  # nothing is promised of them
         bars = [Target(what, "of f32 FMA", DECODE_OF_FMA, ours["of_fma"])] if ours["dtype"] != "float32" else []
         if ours["dtype"] == INT8:
             bars.append(Target(what, "of f32's tokens/s", INT8_TIMES_FLOAT32, ours["times_float32"]))

@@ -9,7 +9,7 @@ import mlx.core as mx
 import numpy as np
 
 from cache_pool import CachePool
-from case import INT8, Case, DecodeCase
+from case import INT8, MLX_CODES, Case, DecodeCase
 from timing import Call
 
 
@@ -73,7 +73,9 @@ class Peer:
         """Why it cannot do the case; empty when it can."""
         if any(importlib.util.find_spec(package) is None for package in self.packages):
             return "not installed (make bench-peers)"
-        return self.lacks_decode(case) if isinstance(case, DecodeCase) else self.lacks(case)
+        if not isinstance(case, DecodeCase):
+            return self.lacks(case)
+        return "heads first is how it is timed anyway" if case.heads_first else self.lacks_decode(case)
 
     def lacks(self, case: Case) -> str:
         return ""
@@ -82,6 +84,8 @@ class Peer:
         raise NotImplementedError
 
     def lacks_decode(self, case: DecodeCase) -> str:
+        if case.dtype in MLX_CODES:
+            return "no cache of MLX's codes"
         return "no int8 cache" if case.dtype == INT8 else ""
 
     def decode(self, case: DecodeCase, pool: CachePool) -> list[Call]:

@@ -100,7 +100,7 @@ class OnnxRuntime(Peer):
         return lambda: session.run(["out"], feeds)
 
     def lacks_decode(self, case: DecodeCase) -> str:
-        return "" if case.dtype in ("float32", "float16") else f"no {case.dtype} cache on CPU"
+        return "" if case.dtype in ("float32", "float16") else super().lacks_decode(case) or f"no {case.dtype} cache on CPU"
 
     def decode(self, case: DecodeCase, pool: CachePool) -> list[Call]:
         """GroupQueryAttention in place: its past and present are one buffer, in which it writes the last token anew."""

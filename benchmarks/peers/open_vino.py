@@ -78,7 +78,7 @@ class OpenVino(Peer):
         return lambda: request.infer(tensors, share_inputs=True, share_outputs=True)
 
     def lacks_decode(self, case: DecodeCase) -> str:
-        return "" if case.dtype in PRECISION else f"not asked for an {case.dtype} cache"
+        return "" if case.dtype in PRECISION else super().lacks_decode(case) or f"not asked for an {case.dtype} cache"
 
     def decode(self, case: DecodeCase, pool: CachePool) -> list[Call]:
         """One cache, its own, which grows by a token a call."""

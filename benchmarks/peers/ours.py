@@ -12,7 +12,7 @@ import mlx.core as mx
 import numpy as np
 
 from cache_pool import CachePool
-from case import Case, DecodeCase
+from case import MLX_CODES, Case, DecodeCase
 from peers.base import Inputs, Peer, decode_query
 from peers.mlx_calls import mlx_call
 from timing import Call
@@ -46,7 +46,15 @@ class Ours(Peer):
 
     def decode(self, case: DecodeCase, pool: CachePool) -> list[Call]:
         attend = _attention_over(case)
-        return [attend(pool.cache(case, index)) for index in range(pool.caches(case))]
+        return [attend(_in_our_axes(case, pool.cache(case, index, case.heads_first))) for index in range(pool.caches(case))]
+
+
+def _in_our_axes(case: DecodeCase, parts: list[mx.array]) -> list[Any]:
+    """k and v (batch, length, heads_k, ...), each a tuple of three where they are MLX's codes, then scales if there are."""
+    if case.heads_first:
+        parts = [x.swapaxes(1, 2) for x in parts]
+        mx.eval(parts)
+    return [tuple(parts[:3]), tuple(parts[3:])] if case.dtype in MLX_CODES else parts
 
 
 def paged_decode(case: DecodeCase, pool: CachePool, page_size: int, pages: list[mx.array]) -> list[Call]:
@@ -68,7 +76,7 @@ def _attention_over(case: DecodeCase) -> Callable[..., Call]:
     lengths = mx.full((case.batch,), case.length, dtype=mx.int32)
     mx.eval(lengths)
 
-    def attend(cache: list[mx.array], block_table: mx.array | None = None) -> Call:
+    def attend(cache: list[Any], block_table: mx.array | None = None) -> Call:
         k, v, *scales = cache
         options: dict[str, Any] = dict(zip(("k_scale", "v_scale"), scales, strict=True)) if scales else {}
         options |= {"cache_seqlens": lengths, "block_table": block_table, "causal": True}

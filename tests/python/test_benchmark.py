@@ -228,7 +228,8 @@ def case_row(implementation: str = "ours", **values: object) -> dict:
 
 def decode_row(implementation: str = "ours", **values: object) -> dict:
     row = {
-        "label": "f16 B8", "dtype": "float16", "ms": 1.0, "of_read": 0.8, "of_fma": 0.3, "in_cache": False,
+        "label": "f16 B8", "dtype": "float16", "ms": 1.0, "of_read": 0.8, "of_fma": 0.3, "heads_first": False,
+        "in_cache": False,
         "times_float32": None, "flops": 1e6, "bytes": 1e6, "read_gbs": 30.0,
     }  # fmt: skip
     return row | {"implementation": implementation} | values
@@ -295,6 +296,11 @@ def test_decode_is_twice_as_fast_as_the_fastest_peer_or_at_the_read_ceiling(targ
     assert decode_verdicts(targets, [decode_row(), decode_row("torch", ms=2.1)]) == ["met", "met"]
     assert decode_verdicts(targets, [decode_row(), decode_row("torch", ms=1.01)]) == ["met", "missed"]
     assert decode_verdicts(targets, [decode_row(of_read=0.86), decode_row("torch", ms=1.01)]) == ["met", "met"]
+
+
+def test_nothing_is_promised_of_caches_heads_first_and_of_mlxs_codes(targets):
+    assert decode_verdicts(targets, [decode_row(heads_first=True)]) == []
+    assert decode_verdicts(targets, [decode_row(dtype="mlx4")]) == []
 
 
 def test_decode_in_cache_is_judged_in_time(targets):
