@@ -212,7 +212,7 @@ requires(is_affine(dtype)) class KeyRow<dtype> {
   GroupNumbers numbers_;
 };
 
-// [groups] of scales, then of biases: of the unit's heads, for so many keys from `slot` on.
+// scales[key][head][group], and biases alike, of keys whose slots follow one another and of heads side by side.
 inline void read_numbers_of_keys(const KeyTensor& source, KeySlot slot, std::int32_t keys, std::int32_t head,
                                  std::int32_t heads, float* scales, float* biases) {
   const ConstQuantization& quantization = *source.quantization;

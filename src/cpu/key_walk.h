@@ -26,8 +26,8 @@ struct KeySlots {
   int steps(int streams) const { return (count + streams - 1) / streams; }
 };
 
-// The rows of a block, of its first head. Those of MLX's codes need room for the numbers of all heads: [scales, biases][key]
-// [head][group].
+// The rows of a block's keys, of the unit's first head. Where they are MLX's codes, the numbers of all heads are read first, to
+// `numbers`: scales[max_decode_block][head][group], then biases alike.
 template <DType dtype>
 struct BlockRows {
   const KeyTensor& source;
