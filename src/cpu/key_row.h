@@ -76,7 +76,6 @@ template <DType dtype>
 class KeyRow {
  public:
   static constexpr bool has_tail = true;
-  static constexpr bool has_factor = false;
   static constexpr bool has_bias = false;
 
   KeyRow() = default;
@@ -110,6 +109,7 @@ class KeyRow {
     return row;
   }
   FA_INLINE float factor() const { return 1.0f; }
+  FA_INLINE float factor_from(std::int64_t) const { return factor(); }
   FA_INLINE void ask(std::int64_t byte) const { __builtin_prefetch(row_ + byte); }
 
  private:
@@ -129,7 +129,6 @@ template <>
 class KeyRow<DType::int8> {
  public:
   static constexpr bool has_tail = true;
-  static constexpr bool has_factor = true;
   static constexpr bool has_bias = false;
 
   KeyRow() = default;
@@ -170,7 +169,6 @@ template <DType dtype>
 requires(is_affine(dtype)) class KeyRow<dtype> {
  public:
   static constexpr bool has_tail = false;  // whole groups only
-  static constexpr bool has_factor = true;
   static constexpr bool has_bias = true;
 
   KeyRow() = default;

@@ -54,31 +54,12 @@ FA_INLINE void for_each_key(int keys, Visit visit) {
   }
 }
 
-// weights[key][row] = p of the row times the key's factor at dim d. Reads and writes `tile_rows` rows.
-template <DType dtype, int streams>
-FA_INLINE void scale_weights(const KeyRow<dtype>* values, int keys, std::int64_t d, const float* p, std::int64_t p_stride,
-                             float* weights) {
-  for_each_key<streams, 1>(
-      keys, [&](int key) __attribute__((always_inline)) {
-        const Part of_rows = load_part(p + key * p_stride) * values[key].factor_from(d);
-        std::memcpy(weights + key * tile_rows, &of_rows, sizeof(of_rows));
-      });
-}
-
 // o[row][d] = rescale[row] * o[row][d] + sum over keys of p[key][row] * V_key[d], for W vectors of dims.
 template <DType dtype, int M, int W, class Later>
 FA_INLINE void add_values_tile(const KeyRow<dtype>* values, Later later, int keys, const float* p, std::int64_t p_stride,
                                const float* rescale, std::int64_t d, int tail, float* o, std::int64_t o_stride) {
   OutputTile<M, W> tile(o + d, o_stride, rescale);
   Part bias = {};  // of each row's sum; the dims of a tile lie in one group of codes
-  [[maybe_unused]] float scaled[Later::streams * tile_rows];
-  const float* weights = p;
-  std::int64_t weights_stride = p_stride;
-  if constexpr (KeyRow<dtype>::has_factor) {
-    scale_weights<dtype, Later::streams>(values, keys, d, p, p_stride, scaled);
-    weights = scaled;
-    weights_stride = tile_rows;
-  }
   for_each_key<Later::streams, 1>(
       keys, [&](int key) __attribute__((always_inline)) {
         Vec v[W];
@@ -95,10 +76,11 @@ FA_INLINE void add_values_tile(const KeyRow<dtype>* values, Later later, int key
         for (int byte = 0; byte < row_bytes<dtype>(W * lanes); byte += cache_line) {
           later.from(key).template ask<1>(values + key, row_bytes<dtype>(d) + byte);
         }
+        const float factor = values[key].factor_from(d);
         if constexpr (KeyRow<dtype>::has_bias) bias += load_part(p + key * p_stride) * values[key].bias_from(d);
 #pragma GCC unroll 4
         for (int m = 0; m < M; ++m) {
-          const Vec weight = splat(weights[key * weights_stride + m]);
+          const Vec weight = splat(p[key * p_stride + m] * factor);
 #pragma GCC unroll 4
           for (int w = 0; w < W; ++w) tile.acc[m][w] += weight * v[w];
         }
