@@ -229,8 +229,7 @@ def case_row(implementation: str = "ours", **values: object) -> dict:
 def decode_row(implementation: str = "ours", **values: object) -> dict:
     row = {
         "label": "f16 B8", "dtype": "float16", "ms": 1.0, "of_read": 0.8, "of_fma": 0.3, "heads_first": False,
-        "in_cache": False,
-        "times_float32": None, "flops": 1e6, "bytes": 1e6, "read_gbs": 30.0,
+        "in_cache": False, "times_float32": None, "flops": 1e6, "bytes": 1e6, "read_gbs": 30.0,
     }  # fmt: skip
     return row | {"implementation": implementation} | values
 
