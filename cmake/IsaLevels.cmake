@@ -3,7 +3,7 @@
 # A level's file is named after it. LEVEL_tiles has the tile shapes of LEVEL in baseline instructions: tests only.
 set(isa_flags_avx2 -mavx2 -mfma -mf16c)
 set(isa_flags_avx512 -mavx512f -mavx512bw -mavx512dq -mavx512vl ${isa_flags_avx2})
-set(isa_flags_avx512_bf16 -mavx512bf16 ${isa_flags_avx512})
+set(isa_flags_avx512_bf16 -mavx512bf16 -mavx512vnni ${isa_flags_avx512})
 set(isa_flags_avx512_amx ${isa_flags_avx512_bf16}) # the tile instructions are written as assembly
 
 # Kernels compare and select on NaN and inf, so no -ffast-math; but nobody reads errno or the floating-point exception flags.

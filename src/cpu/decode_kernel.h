@@ -7,89 +7,13 @@
 //   O = O / l, to the caller, or to a partial result when other tasks have the rest of the keys
 #pragma once
 
-#include "cpu/key_walk.h"
-#include "cpu/online_softmax.h"
-#include "cpu/pack.h"
-#include "cpu/row_dots.h"
-#include "cpu/row_values.h"
+#include "cpu/decode_floats.h"
+#include "cpu/decode_integers.h"
 
 namespace flash_attn::cpu::FA_LEVEL {
 namespace {
 
-constexpr int max_decode_panels = (max_decode_rows + panel_rows - 1) / panel_rows;
-
-struct DecodeSizes {
-  int rows;
-  std::int64_t score_stride;  // floats, as all of these
-  std::int64_t q_stride;
-  std::int64_t qv_stride;  // 0: no qv
-  std::int64_t o_stride;
-  std::int64_t numbers;  // of a block's codes
-
-  DecodeSizes(const DecodePass& pass, int unit_rows)
-      : rows(unit_rows),
-        score_stride(round_up(unit_rows, lanes)),
-        q_stride(round_up(pass.problem->head_dim, lanes)),
-        qv_stride(pass.problem->has_qv ? round_up(pass.problem->head_dim_v, lanes) : 0),
-        o_stride(round_up(pass.problem->head_dim_v, lanes)),
-        numbers(0) {
-    if (!is_affine(pass.inputs->k.dtype)) return;
-    const int most_kv_heads = unit_rows / pass.problem->group();
-    const int groups = max_of(pass.problem->head_dim, pass.problem->head_dim_v) / quantization_group;
-    numbers = std::int64_t{2 * max_decode_block} * most_kv_heads * groups;
-  }
-
-  std::int64_t scores() const { return (max_decode_block + max_streams) * score_stride; }
-  std::int64_t mask_rows() const { return std::int64_t{lanes} * round_up(max_decode_block, lanes); }
-  std::int64_t total() const {
-    return scores() + mask_rows() + rows * (q_stride + qv_stride + o_stride) + score_stride + numbers;
-  }
-};
-
-inline std::int64_t decode_scratch_size(const DecodePass& pass, std::int32_t rows) { return DecodeSizes(pass, rows).total(); }
-
-struct DecodeState {
-  DecodeSizes sizes;
-  int panel_count;
-  RowPanel panels[max_decode_panels];
-  SoftmaxState softmax[max_decode_panels];
-  float* scores;
-  float* mask_rows;
-  float* q;
-  float* qv;
-  float* o;
-  float* alpha;
-  float* numbers;
-
-  DecodeState(const DecodePass& pass, const DecodeTask& task, float* scratch)
-      : sizes(pass, task.unit->packed_rows()), panel_count((sizes.rows + panel_rows - 1) / panel_rows) {
-    const auto take = [&scratch](std::int64_t size) { return (scratch += size) - size; };
-    scores = take(sizes.scores());
-    mask_rows = take(sizes.mask_rows());
-    q = take(sizes.rows * sizes.q_stride);
-    qv = take(sizes.rows * sizes.qv_stride);
-    o = take(sizes.rows * sizes.o_stride);
-    alpha = take(sizes.score_stride);
-    numbers = take(sizes.numbers);
-    // The columns after the last row are computed with the others.
-    if (sizes.rows < sizes.score_stride) std::memset(scores, 0, static_cast<std::size_t>(sizes.scores()) * sizeof(float));
-    std::memset(o, 0, static_cast<std::size_t>(sizes.rows * sizes.o_stride) * sizeof(float));
-  }
-};
-
-// In the order in which keys of `key_dtype` are read.
-template <DType key_dtype>
-inline void read_queries(const ConstTensor& tensor, const RowPanel& panel, const Unit& unit, int dim, std::int64_t stride,
-                         float* rows) {
-  for (int lane = 0; lane < panel.rows; ++lane, rows += stride) {
-    const std::int64_t offset = panel.offset(unit, tensor.strides, lane);
-    read_row(tensor.dtype, element(tensor.data, tensor.dtype, offset), tensor.strides.dim, dim, rows);
-    pair_dims<key_dtype>(rows, dim);
-    std::memset(rows + dim, 0, static_cast<std::size_t>(stride - dim) * sizeof(float));
-  }
-}
-
-template <DType k_dtype, DType v_dtype>
+template <class Products>
 inline void start_rows(const DecodePass& pass, const DecodeTask& task, DecodeState& state) {
   const AttentionProblem& problem = *pass.problem;
   const AttentionInputs& inputs = *pass.inputs;
@@ -99,36 +23,8 @@ inline void start_rows(const DecodePass& pass, const DecodeTask& task, DecodeSta
     RowPanel& panel = state.panels[i];
     panel = RowPanel(problem, inputs, unit, row, state.sizes.rows);
     start_softmax(panel, task.is_first ? inputs.learnable_sink : nullptr, state.softmax[i]);
-    read_queries<k_dtype>(inputs.q, panel, unit, problem.head_dim, state.sizes.q_stride, state.q + row * state.sizes.q_stride);
-    if (problem.has_qv) {
-      read_queries<v_dtype>(inputs.qv, panel, unit, problem.head_dim_v, state.sizes.qv_stride,
-                            state.qv + row * state.sizes.qv_stride);
-    }
+    Products::read_queries(pass, unit, panel, row, state);
   }
-}
-
-template <class Later, DType k_dtype, DType v_dtype>
-inline void score_block(const DecodePass& pass, const Unit& unit, const KeySlots& keys, DecodeState& state) {
-  const AttentionProblem& problem = *pass.problem;
-  const float scale = ScoreScale(problem).query;
-  const KeyTensor k = keys_of(problem, *pass.inputs);
-  const KeyTensor v = values_of(problem, *pass.inputs);
-  const std::int64_t stride = state.sizes.score_stride;
-  const int rows = unit.rows_of_head();
-  const int steps = keys.steps(Later::streams);
-  // Inlined whatever the compiler thinks of it: out of line it takes a tenth longer.
-  const auto multiply = [&]<DType dtype>(const KeyTensor& source, const float* q, std::int64_t q_stride, bool add) {
-    const auto visit = [&](int step, int head, const KeyRow<dtype>* key_rows, Later later) FA_INLINE_IF_FAST {
-      for_each_row_tile(rows, [&](int tile, auto count) FA_INLINE_IF_FAST {
-        const int row = head * rows + tile;
-        dots<dtype, count>(key_rows, later, q + row * q_stride, q_stride, source.dim, scale, add,
-                           state.scores + step * stride + row, steps * stride);
-      });
-    };
-    walk<Later, dtype>(unit, BlockRows<dtype>(pass, unit, source, keys, state.numbers), v, keys, visit);
-  };
-  multiply.template operator()<k_dtype>(k, state.q, state.sizes.q_stride, false);
-  if (problem.has_qv) multiply.template operator()<v_dtype>(v, state.qv, state.sizes.qv_stride, true);
 }
 
 template <int N>
@@ -162,31 +58,10 @@ inline void softmax_block(const DecodePass& pass, const Unit& unit, const KeySlo
   }
 }
 
-// `next`: the block whose keys are read after these values.
-template <class Later, DType v_dtype>
-inline void value_block(const DecodePass& pass, const Unit& unit, const KeySlots& keys, const KeySlots& next,
-                        DecodeState& state) {
-  const KeyTensor k = keys_of(*pass.problem, *pass.inputs);
-  const KeyTensor v = values_of(*pass.problem, *pass.inputs);
-  const std::int64_t stride = state.sizes.score_stride;
-  const int rows = unit.rows_of_head();
-  const int steps = keys.steps(Later::streams);
-  const auto visit = [&](int step, int head, const KeyRow<v_dtype>* value_rows, Later later) FA_INLINE_IF_FAST {
-    const int keys_left = min_of(Later::streams, (keys.count - step + steps - 1) / steps);
-    for_each_row_tile(rows, [&](int tile, auto count) FA_INLINE_IF_FAST {
-      const int row = head * rows + tile;
-      add_values<v_dtype, count>(value_rows, later, keys_left, state.scores + step * stride + row, steps * stride,
-                                 step == 0 ? state.alpha + row : nullptr, v.dim, state.o + row * state.sizes.o_stride,
-                                 state.sizes.o_stride);
-    });
-  };
-  walk<Later, v_dtype>(unit, BlockRows<v_dtype>(pass, unit, v, keys, state.numbers), k, next, visit);
-}
-
-template <DType v_dtype>
+template <class Products>
 inline void finish_rows(const DecodePass& pass, const DecodeTask& task, DecodeState& state) {
   for (int row = 0; row < state.sizes.rows; ++row) {
-    unpair_dims<v_dtype>(state.o + row * state.sizes.o_stride, pass.problem->head_dim_v);
+    Products::order_dims(state.o + row * state.sizes.o_stride, pass.problem->head_dim_v);
   }
   for (int i = 0; i < state.panel_count; ++i) {
     finish_panel(*pass.problem, *pass.outputs, *task.unit, state.panels[i], state.softmax[i], i * panel_rows,
@@ -194,45 +69,50 @@ inline void finish_rows(const DecodePass& pass, const DecodeTask& task, DecodeSt
   }
 }
 
-template <class Later, DType k_dtype, DType v_dtype = k_dtype>
+template <class Products>
 inline void decode_rows(const DecodePass& pass, const DecodeTask& task, float* scratch) {
   const Unit& unit = *task.unit;
   const ScoreSteps steps(*pass.problem, *pass.inputs);
   DecodeState state(pass, task, scratch);
-  start_rows<k_dtype, v_dtype>(pass, task, state);
+  start_rows<Products>(pass, task, state);
   KeySlots blocks[2];
-  constexpr int block = Later::keys_of_block;
+  constexpr int block = Products::keys_of_block;
   blocks[0] = KeySlots(pass, unit, task.keys.begin, min_of(block, task.keys.end - task.keys.begin));
   for (int i = 0; blocks[i].count > 0; i = 1 - i) {
     const KeySlots& keys = blocks[i];
     KeySlots& next = blocks[1 - i];
     const std::int32_t end = keys.begin + keys.count;
     next = KeySlots(pass, unit, end, min_of(block, task.keys.end - end));
-    score_block<Later, k_dtype, v_dtype>(pass, unit, keys, state);
+    Products::score_block(pass, unit, keys, state);
     softmax_block(pass, unit, keys, steps, state);
-    value_block<Later, v_dtype>(pass, unit, keys, next.count > 0 ? next : keys, state);
+    Products::value_block(pass, unit, keys, next.count > 0 ? next : keys, state);
   }
-  finish_rows<v_dtype>(pass, task, state);
+  finish_rows<Products>(pass, task, state);
 }
 
 // An instance for each way to read ahead.
 template <DType dtype>
 inline void decode_numbers(const DecodePass& pass, const DecodeTask& task, float* scratch) {
-  if (task.read_ahead == ReadAhead::into_l2) return decode_rows<StreamsIntoL2, dtype>(pass, task, scratch);
+  if (task.read_ahead == ReadAhead::into_l2) return decode_rows<FloatProducts<StreamsIntoL2, dtype>>(pass, task, scratch);
   if constexpr (FA_TWO_STREAMS && dtype == DType::float32) {
     // More rows wait for arithmetic, which passes over O less often with four.
     const bool waits_for_memory = task.unit->rows_of_head() <= tile_rows;
     if (task.read_ahead == ReadAhead::into_l1_from_memory && waits_for_memory) {
-      return decode_rows<TwoStreamsIntoL1, dtype>(pass, task, scratch);
+      return decode_rows<FloatProducts<TwoStreamsIntoL1, dtype>>(pass, task, scratch);
     }
   }
-  decode_rows<StreamsIntoL1, dtype>(pass, task, scratch);
+  decode_rows<FloatProducts<StreamsIntoL1, dtype>>(pass, task, scratch);
+}
+
+inline void decode_integers(const DecodePass& pass, const DecodeTask& task, float* scratch) {
+  if (task.read_ahead == ReadAhead::into_l2) return decode_rows<IntegerProducts<StreamsIntoL2>>(pass, task, scratch);
+  decode_rows<IntegerProducts<StreamsIntoL1>>(pass, task, scratch);
 }
 
 // MLX's codes take longer to turn into numbers than to arrive: one instance does for any cache.
 template <DType k_dtype, DType v_dtype>
 inline void decode_codes(const DecodePass& pass, const DecodeTask& task, float* scratch) {
-  decode_rows<StreamsIntoL2, k_dtype, v_dtype>(pass, task, scratch);
+  decode_rows<FloatProducts<StreamsIntoL2, k_dtype, v_dtype>>(pass, task, scratch);
 }
 
 // Of the dtypes of a cache, only the two with MLX's codes may be mixed.
@@ -246,6 +126,7 @@ inline void decode(const DecodePass& pass, const DecodeTask& task, float* scratc
     case DType::float16:
       return decode_numbers<DType::float16>(pass, task, scratch);
     case DType::int8:
+      if (multiplies_integers(pass)) return decode_integers(pass, task, scratch);
       return decode_numbers<DType::int8>(pass, task, scratch);
     case DType::affine8:
       if (v_dtype == DType::affine4) return decode_codes<DType::affine8, DType::affine4>(pass, task, scratch);

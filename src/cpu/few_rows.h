@@ -14,15 +14,17 @@ namespace flash_attn::cpu::FA_LEVEL {
 namespace {
 
 constexpr int tile_rows = 4;
-constexpr int max_streams = 6;
+constexpr int max_rows_of_step = 24;
 constexpr int max_decode_block = 192;  // keys
 
-// How keys are walked: `stream_count` side by side, whole tiles of dots for every number of rows and whole pairs. And what is
-// read some way after them: a row for each stream, whose lines are asked for meanwhile (docs/performance.md).
-template <int stream_count, bool into_l1>
+// How keys are walked: so many streams side by side, whole tiles of dots for every number of rows and whole pairs, each through
+// a stretch of keys of its own, `depth` of them a step. And what is read some way after them: a row for each, whose lines are
+// asked for meanwhile (docs/performance.md).
+template <int streams, bool into_l1, int keys_of_stream = 1>
 struct RowsLater {
-  static constexpr int streams = stream_count;
-  static constexpr int bytes_ahead = into_l1 ? 8192 / streams : 4096;
+  static constexpr int depth = keys_of_stream;
+  static constexpr int rows = streams * depth;                                             // of a step
+  static constexpr int bytes_ahead = (into_l1 ? 8192 / streams : 4096) / depth;            // of each row
   static constexpr int keys_of_block = into_l1 ? max_decode_block : max_decode_block / 2;  // its P stays in L1
 
   // Whether what comes into L2 is asked for once more, for L1, so many bytes before it is read. Codes of a byte or less,
@@ -31,14 +33,21 @@ struct RowsLater {
   static constexpr bool asks_twice = !into_l1 && many_registers && row_bytes<dtype>(1) > 1;
   static constexpr int bytes_near = 512;
 
-  const char* const* first;
+  using FourKeys = RowsLater<streams, into_l1, 4>;
 
-  FA_INLINE RowsLater from(int key) const { return {first + key}; }
+  static int steps(int keys) { return (keys + rows - 1) / rows; }
+  // Which key of a block of so many steps a row of a step is.
+  static FA_INLINE int key_of(int row, int step, int steps) { return (row / depth * steps + step) * depth + row % depth; }
+
+  const char* const* first;
+  std::int64_t offset;
+
+  FA_INLINE RowsLater from(int row) const { return {first + row, offset}; }
   // A line of each of the first `count` rows.
   template <int count>
   FA_INLINE void ask(std::int64_t byte) const {
 #pragma GCC unroll 8
-    for (int i = 0; i < count; ++i) __builtin_prefetch(first[i] + byte, 0, into_l1 ? 3 : 2);
+    for (int i = 0; i < count; ++i) __builtin_prefetch(first[i] + (offset + byte), 0, into_l1 ? 3 : 2);
   }
   // The same while `rows` are read at that byte.
   template <int count, DType dtype>

@@ -28,7 +28,7 @@ inline void read_group_numbers(DType dtype, const void* data, const Strides& str
     const std::int64_t offset = KeySlot{slot.row, slot.index + key}.offset(strides, head + of_head);
     read_row(dtype, element(data, dtype, offset), stride, count, dst + std::int64_t{key} * of_key + of_head * groups);
   };
-  const bool heads_are_dense = strides.dim == 1 && (heads == 1 || strides.head == groups);
+  const bool heads_are_dense = (groups == 1 || strides.dim == 1) && (heads == 1 || strides.head == groups);
   if (heads_are_dense && strides.seq == of_key) return read(0, 0, 1, keys * of_key);
   for (std::int32_t key = 0; key < keys; ++key) {
     if (heads_are_dense) {

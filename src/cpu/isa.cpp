@@ -20,7 +20,7 @@ std::vector<const Kernels*> runnable_levels() {
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");  // and F16C, which came first
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  const bool avx512_bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
+  const bool avx512_bf16 = avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
   // A pair's dot product runs at the rate of a multiply-add on AMD (Zen 4 on); on Intel at a quarter of it, measured on Emerald
   // Rapids: bfloat16 attention took twice the time of float32. There the level is only for who asks.
   const bool fast_dot_product = __builtin_cpu_is("amd");

@@ -2,16 +2,17 @@
 #pragma once
 
 #include "cpu/few_rows.h"
+#include "cpu/kernels.h"
 
 namespace flash_attn::cpu::FA_LEVEL {
 namespace {
 
-// A block of keys and where they lie. It is read as several streams side by side, each through a stretch of keys of its own, a
-// key a step: so no two streams share a page of memory, where the processor's prefetcher would take them for one.
+// A block of keys and where they lie. It is read as several streams side by side, each through a stretch of keys of its own: so
+// no two streams share a page of memory, where the processor's prefetcher would take them for one.
 struct KeySlots {
   std::int32_t begin;
   int count;
-  KeySlot slots[max_decode_block + max_streams];  // those after the last key repeat it
+  KeySlot slots[max_decode_block + max_rows_of_step];  // those after the last key repeat it
 
   KeySlots() = default;
   KeySlots(const DecodePass& pass, const Unit& unit, std::int32_t first, int keys) : begin(first), count(keys) {
@@ -20,16 +21,32 @@ struct KeySlots {
                      [&](std::int32_t, std::int32_t stretch, KeySlot slot) {
                        for (int i = 0; i < stretch; ++i, ++slot.index) slots[next++] = slot;
                      });
-    for (int i = 0; i < max_streams && keys > 0; ++i) slots[next++] = slots[keys - 1];
+    for (int i = 0; i < max_rows_of_step && keys > 0; ++i) slots[next++] = slots[keys - 1];
   }
+};
 
-  int steps(int streams) const { return (count + streams - 1) / streams; }
+// The rows of a step.
+template <DType dtype, class Later>
+struct KeyRows {
+  KeyRow<dtype> row[Later::rows];
+
+  FA_INLINE KeyRows(const auto& block, int step, Along along) {
+    const int steps = Later::steps(block.keys.count);
+    for (int i = 0; i < Later::rows; ++i) row[i] = block.row(Later::key_of(i, step, steps), along);
+  }
+  FA_INLINE void next() {
+    for (int i = 0; i < Later::rows; ++i) row[i].next();
+  }
 };
 
 // The rows of a block's keys, of the unit's first head. Where they are MLX's codes, the numbers of all heads are read first, to
 // `numbers`: scales[max_decode_block][head][group], then biases alike.
 template <DType dtype>
 struct BlockRows {
+  static constexpr DType row_dtype = dtype;
+  template <class Later>
+  using StepRows = KeyRows<dtype, Later>;
+
   const KeyTensor& source;
   const KeySlots& keys;
   std::int32_t first_head;
@@ -41,6 +58,10 @@ struct BlockRows {
 
 template <DType dtype>
 requires(is_affine(dtype)) struct BlockRows<dtype> {
+  static constexpr DType row_dtype = dtype;
+  template <class Later>
+  using StepRows = KeyRows<dtype, Later>;
+
   const KeyTensor& source;
   const KeySlots& keys;
   std::int32_t first_head;
@@ -68,48 +89,49 @@ requires(is_affine(dtype)) struct BlockRows<dtype> {
   }
 };
 
-// Where the rows of one step lie. What is only asked for may be a page that does not exist: any other place will do.
-template <int streams>
-struct StreamRows {
-  const char* of_first_head[streams];
+// Where the rows of a step lie, and those `steps` after them in the order of a walk. What is only asked for may be a page that
+// does not exist: any other place will do.
+template <class Later>
+struct RowPlaces {
+  const char* of_first_head[Later::rows];
   std::int64_t head_bytes;
-  std::int64_t key_bytes;
+  std::int64_t step_bytes;
 
-  FA_INLINE StreamRows(const KeyTensor& source, const KeySlots& keys, int step, std::int32_t first_head)
+  FA_INLINE RowPlaces(const KeyTensor& source, const KeySlots& keys, int step, std::int32_t first_head)
       : head_bytes(source.tensor->strides.head * size_of(source.tensor->dtype)),
-        key_bytes(source.tensor->strides.seq * size_of(source.tensor->dtype)) {
-    const int steps = keys.steps(streams);
-    for (int i = 0; i < streams; ++i) {
-      KeySlot slot = keys.slots[i * steps + step];
+        step_bytes(source.tensor->strides.seq * size_of(source.tensor->dtype) * Later::depth) {
+    const int steps = Later::steps(keys.count);
+    for (int i = 0; i < Later::rows; ++i) {
+      KeySlot slot = keys.slots[Later::key_of(i, step, steps)];
       slot.row = max_of(slot.row, 0);
       of_first_head[i] = element(source.tensor->data, source.tensor->dtype, slot.offset(source.tensor->strides, first_head));
     }
   }
+  FA_INLINE std::int64_t bytes_to_next(Along along) const { return along == Along::keys ? step_bytes : head_bytes; }
 };
 
 // The first and the last line of each stream of a block: they may lie in other pages of memory, whose addresses take time to
 // find. All at once, so that this time passes once.
 template <class Later, DType dtype>
 FA_INLINE void ask_for_block(const Unit& unit, const KeyTensor& source, const KeySlots& keys) {
-  constexpr int streams = Later::streams;
-  const StreamRows<streams> first(source, keys, 0, unit.kv_head);
-  const StreamRows<streams> last(source, keys, max_of(keys.steps(streams) - 1, 0), unit.kv_head + unit.kv_heads - 1);
-  Later{first.of_first_head}.template ask<streams>(0);
-  Later{last.of_first_head}.template ask<streams>(row_bytes<dtype>(source.dim) - 1);
+  const RowPlaces<Later> first(source, keys, 0, unit.kv_head);
+  const RowPlaces<Later> last(source, keys, max_of(Later::steps(keys.count) - 1, 0), unit.kv_head + unit.kv_heads - 1);
+  Later{first.of_first_head, 0}.template ask<Later::rows>(0);
+  Later{last.of_first_head, 0}.template ask<Later::rows>(row_bytes<dtype>(source.dim) - 1);
 }
 
-constexpr int steps_before_block = 4;  // when ask_for_block comes
-constexpr int keys_of_step = 4;        // at most, where there is one head
+constexpr int keys_before_block = 4;  // of a stream, when ask_for_block comes
+constexpr int steps_at_once = 4;      // at most, where there is one head
 
 // Whether the keys of so many steps from `step` on follow one another in every stream.
-template <int streams>
+template <class Later>
 FA_INLINE bool are_side_by_side(const KeySlots& keys, int step, int count) {
-  const int steps = keys.steps(streams);
+  const int steps = Later::steps(keys.count);
   if (step + count > steps) return false;
-  for (int i = 0; i < streams; ++i) {
-    const KeySlot first = keys.slots[i * steps + step];
-    const KeySlot last = keys.slots[i * steps + step + count - 1];
-    if (last.row != first.row || last.index != first.index + count - 1) return false;
+  for (int i = 0; i < Later::rows; i += Later::depth) {
+    const KeySlot first = keys.slots[Later::key_of(i, step, steps)];
+    const KeySlot last = keys.slots[Later::key_of(i, step + count, steps) - 1];
+    if (last.row != first.row || last.index != first.index + count * Later::depth - 1) return false;
   }
   return true;
 }
@@ -117,48 +139,42 @@ FA_INLINE bool are_side_by_side(const KeySlots& keys, int step, int count) {
 // visit(step, head, rows, later) for all rows of a block, the heads of one step after the other. `later` is what the visitor
 // asks for while it reads `rows`, a line for every line: the same streams, Later::bytes_ahead on, then the first steps
 // of `next`. At this steady rate memory works while the arithmetic does; in bursts, or without, it waits (docs/performance.md).
-// Where there is one head, as in caches head after head, the next keys take the place of the next heads: so several rows
+// Where there is one head, as in caches head after head, the next steps take the place of the next heads: so several rows
 // share the finding of the first.
-template <class Later, DType dtype, class Visit>
-FA_INLINE void walk(const Unit& unit, const BlockRows<dtype>& block, const KeyTensor& next_source, const KeySlots& next_keys,
+template <class Later, class Block, class Visit>
+FA_INLINE void walk(const Unit& unit, const Block& block, const KeyTensor& next_source, const KeySlots& next_keys,
                     Visit visit) {
-  constexpr int streams = Later::streams;
+  constexpr DType dtype = Block::row_dtype;
   const KeyTensor& source = block.source;
   const KeySlots& keys = block.keys;
   const auto bytes = static_cast<int>(row_bytes<dtype>(source.dim));
   const int heads_ahead = max_of(1, Later::bytes_ahead / max_of(1, bytes));
   const int steps_ahead = heads_ahead / unit.kv_heads;
   const int heads_left = heads_ahead % unit.kv_heads;
-  const int steps = keys.steps(streams);
-  const int last_of_next = max_of(next_keys.steps(streams) - 1, 0);
-  const auto rows_at = [&](int step) {
-    if (step < steps) return StreamRows<streams>(source, keys, step, unit.kv_head);
-    return StreamRows<streams>(next_source, next_keys, min_of(step - steps, last_of_next), unit.kv_head);
+  const int steps = Later::steps(keys.count);
+  const int last_of_next = max_of(Later::steps(next_keys.count) - 1, 0);
+  const auto places_at = [&](int step) {
+    if (step < steps) return RowPlaces<Later>(source, keys, step, unit.kv_head);
+    return RowPlaces<Later>(next_source, next_keys, min_of(step - steps, last_of_next), unit.kv_head);
   };
-  StreamRows<streams> next_ahead = rows_at(steps_ahead);
-  int keys_now = 1;
-  for (int step = 0; step < steps; step += keys_now) {
-    keys_now = unit.kv_heads == 1 && are_side_by_side<streams>(keys, step, keys_of_step) ? keys_of_step : 1;
-    const Along along = keys_now == 1 ? Along::heads : Along::keys;
-    const int ask_at = steps - steps_before_block;
-    if (step <= ask_at && ask_at < step + keys_now) ask_for_block<Later, dtype>(unit, next_source, next_keys);
-    const StreamRows<streams> ahead = next_ahead;
-    next_ahead = rows_at(step + steps_ahead + keys_now);
-    KeyRow<dtype> rows[streams];
-    for (int i = 0; i < streams; ++i) rows[i] = block.row(i * steps + step, along);
-    const int count = unit.kv_heads * keys_now;
+  RowPlaces<Later> next_ahead = places_at(steps_ahead);
+  int steps_now = 1;
+  for (int step = 0; step < steps; step += steps_now) {
+    steps_now = unit.kv_heads == 1 && are_side_by_side<Later>(keys, step, steps_at_once) ? steps_at_once : 1;
+    const Along along = steps_now == 1 ? Along::heads : Along::keys;
+    const int ask_at = steps - keys_before_block / Later::depth;
+    if (step <= ask_at && ask_at < step + steps_now) ask_for_block<Later, dtype>(unit, next_source, next_keys);
+    const RowPlaces<Later> ahead = next_ahead;
+    next_ahead = places_at(step + steps_ahead + steps_now);
+    typename Block::template StepRows<Later> rows(block, step, along);
+    const int count = unit.kv_heads * steps_now;
     for (int row = 0; row < count; ++row) {
-      const bool is_key = along == Along::keys;
-      const bool is_ahead = is_key || row + heads_left < unit.kv_heads;
-      const StreamRows<streams>& place = is_ahead ? ahead : next_ahead;
-      const std::int64_t offset =
-          (row + heads_left - (is_ahead ? 0 : unit.kv_heads)) * (is_key ? place.key_bytes : place.head_bytes);
-      const char* later[streams];
-      for (int i = 0; i < streams; ++i) later[i] = place.of_first_head[i] + offset;
-      visit(is_key ? step + row : step, is_key ? 0 : row, rows, Later{later});
-      if (row + 1 < count) {
-        for (int i = 0; i < streams; ++i) rows[i].next();
-      }
+      const bool is_step = along == Along::keys;
+      const bool is_ahead = is_step || row + heads_left < unit.kv_heads;
+      const RowPlaces<Later>& place = is_ahead ? ahead : next_ahead;
+      const std::int64_t offset = (row + heads_left - (is_ahead ? 0 : unit.kv_heads)) * place.bytes_to_next(along);
+      visit(is_step ? step + row : step, is_step ? 0 : row, rows, Later{place.of_first_head, offset});
+      if (row + 1 < count) rows.next();
     }
   }
 }

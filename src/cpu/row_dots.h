@@ -7,15 +7,19 @@ namespace flash_attn::cpu::FA_LEVEL {
 namespace {
 
 // Keys of a tile of M rows: M * dot_keys accumulators and as many vectors of K leave a register for Q.
-template <int M, int streams>
-constexpr int dot_keys = many_registers || M < 3 ? streams : streams / 2;
+template <int M, int rows>
+constexpr int dot_keys = many_registers || M < 3 ? rows : rows / 2;
+
+// Sums of the lanes of each 128-bit part of four vectors: those of all four, part by part.
+template <class V>
+FA_INLINE V sums_in_parts(V a, V b, V c, V d) {
+  // Neighbouring lanes first: [a0 + a2, b0 + b2, a1 + a3, b1 + b3] of each part.
+  const auto pairs = [](V x, V y) { return unpack_low(x, y) + unpack_high(x, y); };
+  return pairs(pairs(a, c), pairs(b, d));
+}
 
 // Sums of the lanes of four vectors.
-FA_INLINE Part sums_of_lanes(Vec a, Vec b, Vec c, Vec d) {
-  // Neighbouring lanes of a 128-bit part first: [a0 + a2, b0 + b2, a1 + a3, b1 + b3] of each part.
-  const auto pairs = [](Vec x, Vec y) { return unpack_low(x, y) + unpack_high(x, y); };
-  return sum_of_parts(pairs(pairs(a, c), pairs(b, d)));
-}
+FA_INLINE Part sums_of_lanes(Vec a, Vec b, Vec c, Vec d) { return sum_of_parts(sums_in_parts(a, b, c, d)); }
 
 // acc[key][row] += K_key . Q_row, a vector of partial sums. q [M][q_stride], zeros after the last dim.
 template <DType dtype, int K, int M, class Later>
@@ -105,8 +109,8 @@ FA_INLINE void dots_tile(const KeyRow<dtype>* keys, Later later, const float* q,
 template <DType dtype, int M, class Later>
 inline FA_INLINE_IF_FAST void dots(const KeyRow<dtype>* keys, Later later, const float* q, std::int64_t q_stride, int dim,
                                    float scale, bool add, float* scores, std::int64_t stride) {
-  constexpr int at_once = dot_keys<M, Later::streams>;
-  for (int key = 0; key < Later::streams; key += at_once) {
+  constexpr int at_once = dot_keys<M, Later::rows>;
+  for (int key = 0; key < Later::rows; key += at_once) {
     dots_tile<dtype, at_once, M>(keys + key, later.from(key), q, q_stride, dim, scale, add, scores + key * stride, stride);
   }
 }

@@ -44,11 +44,11 @@ struct OutputTile {
 };
 
 // visit(key) for keys 0, step, .. : without a loop where all are there.
-template <int streams, int step, class Visit>
+template <int all, int step, class Visit>
 FA_INLINE void for_each_key(int keys, Visit visit) {
-  if (keys == streams) {
+  if (keys == all) {
 #pragma GCC unroll 8
-    for (int key = 0; key < streams; key += step) visit(key);
+    for (int key = 0; key < all; key += step) visit(key);
   } else {
     for (int key = 0; key < keys; key += step) visit(key);
   }
@@ -60,7 +60,7 @@ FA_INLINE void add_values_tile(const KeyRow<dtype>* values, Later later, int key
                                const float* rescale, std::int64_t d, int tail, float* o, std::int64_t o_stride) {
   OutputTile<M, W> tile(o + d, o_stride, rescale);
   Part bias = {};  // of each row's sum; the dims of a tile lie in one group of codes
-  for_each_key<Later::streams, 1>(
+  for_each_key<Later::rows, 1>(
       keys, [&](int key) __attribute__((always_inline)) {
         Vec v[W];
         const auto row = values[key].from(d);
@@ -104,7 +104,7 @@ template <DType dtype, int M, int W, class Later>
 FA_INLINE void add_value_pairs_tile(const KeyRow<dtype>* values, Later later, int keys, const float* words,
                                     const float* rescale, std::int64_t d, float* o, std::int64_t o_stride) {
   OutputTile<M, W> tile(o + d, o_stride, rescale);
-  for_each_key<Later::streams, 2>(
+  for_each_key<Later::rows, 2>(
       keys, [&](int key) __attribute__((always_inline)) {
         Vec v[W];
         const auto first = values[key].from(d);
@@ -133,7 +133,7 @@ inline FA_INLINE_IF_FAST void add_values(const KeyRow<dtype>* values, Later late
                                          std::int64_t o_stride) {
   int d = 0;
   if constexpr (multiplies_pairs<dtype>) {
-    float words[Later::streams / 2 * M];
+    float words[Later::rows / 2 * M];
     pair_weights<M>(p, p_stride, keys, words);
     for (; d + value_vectors * lanes <= dim; d += value_vectors * lanes) {
       add_value_pairs_tile<dtype, M, value_vectors>(values, later, keys, words, rescale, d, o, o_stride);

@@ -147,7 +147,8 @@ FA_INLINE Vec interleave_high(Vec a, Vec b) {
 }
 
 // The same inside each 128-bit part, which costs half as much.
-FA_INLINE Vec unpack_low(Vec a, Vec b) {
+template <class V>
+FA_INLINE V unpack_low(V a, V b) {
 #if FA_VECTOR_BYTES == 16
   return __builtin_shufflevector(a, b, 0, 4, 1, 5);
 #elif FA_VECTOR_BYTES == 32
@@ -156,7 +157,8 @@ FA_INLINE Vec unpack_low(Vec a, Vec b) {
   return __builtin_shufflevector(a, b, 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29);
 #endif
 }
-FA_INLINE Vec unpack_high(Vec a, Vec b) {
+template <class V>
+FA_INLINE V unpack_high(V a, V b) {
 #if FA_VECTOR_BYTES == 16
   return __builtin_shufflevector(a, b, 2, 6, 3, 7);
 #elif FA_VECTOR_BYTES == 32
@@ -186,16 +188,41 @@ FA_INLINE Vec interleave_parts_high(Vec a, Vec b) {
 #endif
 }
 
-// The 128-bit parts of a vector, added.
+// The 128-bit parts of a vector.
 using Part = float __attribute__((vector_size(16)));
+template <int i>
+FA_INLINE auto part_of(auto x) {
+  return __builtin_shufflevector(x, x, 4 * i, 4 * i + 1, 4 * i + 2, 4 * i + 3);
+}
+
+// Added.
 FA_INLINE Part sum_of_parts(Vec x) {
 #if FA_VECTOR_BYTES == 16
   return x;
 #elif FA_VECTOR_BYTES == 32
-  return __builtin_shufflevector(x, x, 0, 1, 2, 3) + __builtin_shufflevector(x, x, 4, 5, 6, 7);
+  return part_of<0>(x) + part_of<1>(x);
 #else
-  return (__builtin_shufflevector(x, x, 0, 1, 2, 3) + __builtin_shufflevector(x, x, 4, 5, 6, 7)) +
-         (__builtin_shufflevector(x, x, 8, 9, 10, 11) + __builtin_shufflevector(x, x, 12, 13, 14, 15));
+  return (part_of<0>(x) + part_of<1>(x)) + (part_of<2>(x) + part_of<3>(x));
+#endif
+}
+
+// Those of each vector added: part i of the result belongs to x[i].
+template <class V>
+FA_INLINE V sums_of_parts(const V (&x)[lanes / 4]) {
+#if FA_VECTOR_BYTES == 16
+  return x[0];
+#elif FA_VECTOR_BYTES == 32
+  return __builtin_shufflevector(x[0], x[1], 0, 1, 2, 3, 8, 9, 10, 11) +
+         __builtin_shufflevector(x[0], x[1], 4, 5, 6, 7, 12, 13, 14, 15);
+#else
+  const auto halves = [](V a, V b) {
+    return __builtin_shufflevector(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
+           __builtin_shufflevector(a, b, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+  };
+  const V a = halves(x[0], x[1]);
+  const V b = halves(x[2], x[3]);
+  return __builtin_shufflevector(a, b, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27) +
+         __builtin_shufflevector(a, b, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
 #endif
 }
 

@@ -1,0 +1,194 @@
+// S = K Q^T and O += P V of a few query rows and an int8 cache, in integers.
+#pragma once
+
+#include "cpu/few_rows.h"
+#include "cpu/integer_operand.h"
+#include "cpu/key_walk.h"
+#include "cpu/row_dots.h"
+#include "cpu/row_values.h"
+
+namespace flash_attn::cpu::FA_LEVEL {
+namespace {
+
+// The rows of a step, as they lie. Those of a page that does not exist are another's: their scores are masked, so that they
+// weigh 0, and no byte times 0 is other than 0.
+template <class Later>
+class ByteRows {
+ public:
+  FA_INLINE ByteRows(const auto& block, int step, Along along)
+      : places_(block.source, block.keys, step, block.first_head), step_(places_.bytes_to_next(along)) {}
+  FA_INLINE void next() { offset_ += step_; }
+
+  FA_INLINE Bytes load(int row, int d) const { return load_bytes(places_.of_first_head[row] + (offset_ + d)); }
+  FA_INLINE void ask(int row, int byte) const { __builtin_prefetch(places_.of_first_head[row] + (offset_ + byte)); }
+  FA_INLINE Bytes load_tail(int row, int d, int count) const {
+    return load_bytes(RowTail(places_.of_first_head[row] + (offset_ + d), count, 1).bytes);
+  }
+
+ private:
+  RowPlaces<Later> places_;
+  std::int64_t step_;
+  std::int64_t offset_ = 0;
+};
+
+struct BlockBytes {
+  static constexpr DType row_dtype = DType::int8;
+  template <class Later>
+  using StepRows = ByteRows<Later>;
+
+  const KeyTensor& source;
+  const KeySlots& keys;
+  std::int32_t first_head;
+};
+
+// visit(i, the sum of x[i]'s 128-bit parts).
+template <int count, class Visit>
+FA_INLINE void for_each_sum_of_parts(const IVec (&x)[count], Visit visit) {
+  constexpr int at_once = lanes / 4;
+  unroll<(count + at_once - 1) / at_once>([&](auto group) FA_INLINE_IF_FAST {
+    IVec several[at_once];
+    unroll<at_once>([&](auto i) { several[i] = group * at_once + i < count ? x[(group * at_once + i) % count] : IVec{}; });
+    const IVec sums = sums_of_parts(several);
+    unroll<at_once>([&](auto i) {
+      if constexpr (group * at_once + i < count) visit(group * at_once + i, part_of<i>(sums));
+    });
+  });
+}
+
+// scores[key * stride + row] = K_key . Q_row. q [M][q_stride] words.
+template <int K, int M, class Later>
+FA_INLINE void integer_dots_tile(const ByteRows<Later>& keys, int first_key, Later later, const std::int32_t* q,
+                                 std::int64_t q_stride, int dim, std::int32_t* scores, std::int64_t stride) {
+  IVec acc[K][M] = {};
+  const auto add = [&](int d, const IVec(&k)[K]) {
+#pragma GCC unroll 4
+    for (int m = 0; m < M; ++m) {
+      const IVec row = load_words(q + m * q_stride + d / 2);
+#pragma GCC unroll 8
+      for (int i = 0; i < K; ++i) acc[i][m] = IntegerOperand::multiply_add(acc[i][m], k[i], row);
+    }
+  };
+  IVec k[K];
+  int d = 0;
+  for (; d + int8_chunk <= dim; d += int8_chunk) {
+#pragma GCC unroll 8
+    for (int i = 0; i < K; ++i) k[i] = IntegerOperand::word_of_row(keys.load(first_key + i, d));
+    if (d % cache_line == 0) later.template ask<K>(d);
+    add(d, k);
+  }
+  if (d < dim) {
+    for (int i = 0; i < K; ++i) k[i] = IntegerOperand::word_of_row(keys.load_tail(first_key + i, d, dim - d));
+    add(d, k);
+  }
+  constexpr int quads = (K * M + 3) / 4;
+  IVec sums_of_four[quads];
+#pragma GCC unroll 8
+  for (int i = 0; i < quads; ++i) {
+    const auto at = [&](int j) { return j < K * M ? acc[j / M][j % M] : IVec{}; };
+    sums_of_four[i] = sums_in_parts(at(4 * i), at(4 * i + 1), at(4 * i + 2), at(4 * i + 3));
+  }
+  if constexpr (M == 4) {
+    for_each_sum_of_parts(sums_of_four, [&](int key, auto sums) { std::memcpy(scores + key * stride, &sums, sizeof(sums)); });
+  } else {
+    std::int32_t sums[4 * quads];
+    for_each_sum_of_parts(sums_of_four, [&](int i, auto part) { std::memcpy(sums + 4 * i, &part, sizeof(part)); });
+#pragma GCC unroll 8
+    for (int key = 0; key < K; ++key) std::memcpy(scores + key * stride, sums + key * M, M * sizeof(*sums));
+  }
+}
+
+template <int M, class Later>
+inline FA_INLINE_IF_FAST void integer_dots(const ByteRows<Later>& keys, Later later, const std::int32_t* q,
+                                           std::int64_t q_stride, int dim, std::int32_t* scores, std::int64_t stride) {
+  constexpr int at_once = dot_keys<M, Later::rows>;
+  for (int key = 0; key < Later::rows; key += at_once) {
+    integer_dots_tile<at_once, M>(keys, key, later.from(key), q, q_stride, dim, scores + key * stride, stride);
+  }
+}
+
+constexpr int value_bytes_near = 256;  // before a value is read, it is asked for once more, for L1
+
+// O of a block in integers, and where it goes: the first step of a block begins with zeros, the last adds them to O.
+struct BlockSums {
+  std::int32_t* sums;  // [row][dim], in the order of IntegerOperand::word_of_rows, as O
+  float* o;
+  std::int64_t stride;
+  const float* rescale;    // of O, each row
+  const float* row_units;  // of the sums
+  bool is_first;
+  bool is_last;
+};
+
+// Where P of a step's keys lies: words of two neighbouring keys, of each row.
+template <class Later>
+struct StepWeights {
+  const std::int32_t* of_pair[Later::rows / 2];
+  int pairs;
+
+  // p [key][row] of a block.
+  FA_INLINE void find(const std::int32_t* p, std::int64_t stride, int keys, int step) {
+    pairs = 0;
+    for (int row = 0; row < Later::rows; row += 2) {
+      const int key = Later::key_of(row, step, Later::steps(keys));
+      of_pair[row / 2] = p + key * stride;
+      pairs += key < keys;
+    }
+  }
+};
+
+// sums[row][d] += sum over keys of p[key][row] * V_key[d], for W vectors of dims. Out of line, so that its loop has all
+// registers.
+template <int M, int W, class Later>
+__attribute__((noinline)) void add_integer_values_tile(const ByteRows<Later>& values, Later later,
+                                                       const StepWeights<Later>& weights, int row, int d, int tail,
+                                                       const BlockSums& block) {
+  IVec acc[M][W] = {};
+  const auto for_each_sum = [&](auto visit) FA_INLINE_IF_FAST {
+    unroll<M>([&](auto m) FA_INLINE_IF_FAST {
+      unroll<W>([&](auto w) FA_INLINE_IF_FAST { visit(acc[m][w], (row + m) * block.stride + d + w * lanes, row + m); });
+    });
+  };
+  if (!block.is_first) for_each_sum([&](IVec& sum, std::int64_t at, int) { sum = load_words(block.sums + at); });
+    // Not unrolled: GCC would load all keys at once, for which there are no registers.
+#pragma GCC unroll 1
+  for (int pair = 0; pair < weights.pairs; ++pair) {
+    IVec v[W];
+#pragma GCC unroll 2
+    for (int w = 0; w < W; w += 2) {
+      const auto bytes = [&](int key) { return tail > 0 ? values.load_tail(key, d, tail) : values.load(key, d + w * lanes); };
+      const Bytes first = bytes(2 * pair);
+      const Bytes second = bytes(2 * pair + 1);
+      v[w] = IntegerOperand::word_of_rows<0>(first, second);
+      v[w + 1] = IntegerOperand::word_of_rows<1>(first, second);
+    }
+    for (int byte = 0; byte < W * lanes; byte += cache_line) {
+      later.from(2 * pair).template ask<2>(d + byte);
+      values.ask(2 * pair, d + byte + value_bytes_near);
+      values.ask(2 * pair + 1, d + byte + value_bytes_near);
+    }
+#pragma GCC unroll 4
+    for (int m = 0; m < M; ++m) {
+      const IVec weight = splat(weights.of_pair[pair][row + m]);
+#pragma GCC unroll 4
+      for (int w = 0; w < W; ++w) acc[m][w] = IntegerOperand::multiply_add(acc[m][w], v[w], weight);
+    }
+  }
+  if (!block.is_last) return for_each_sum([&](IVec sum, std::int64_t at, int) { store_words(block.sums + at, sum); });
+  for_each_sum([&](IVec sum, std::int64_t at, int of_row) {
+    store(block.o + at, load(block.o + at) * block.rescale[of_row] + to_float(sum) * block.row_units[of_row]);
+  });
+}
+
+template <int M, class Later>
+inline FA_INLINE_IF_FAST void add_integer_values(const ByteRows<Later>& values, Later later, const StepWeights<Later>& weights,
+                                                 int row, int dim, const BlockSums& block) {
+  constexpr int W = value_vectors;
+  int d = 0;
+  for (; d + W * lanes <= dim; d += W * lanes) add_integer_values_tile<M, W>(values, later, weights, row, d, 0, block);
+  for (; d < dim; d += int8_chunk) {
+    add_integer_values_tile<M, 2>(values, later, weights, row, d, d + int8_chunk <= dim ? 0 : dim - d, block);
+  }
+}
+
+}  // namespace
+}  // namespace flash_attn::cpu::FA_LEVEL
