@@ -9,7 +9,7 @@
 namespace flash_attn::cpu::FA_LEVEL {
 namespace {
 
-template <class Later, DType k_dtype, DType v_dtype = k_dtype>
+template <class Later, class ValuesLater, DType k_dtype, DType v_dtype = k_dtype>
 struct FloatProducts {
   static constexpr int keys_of_block = Later::keys_of_block;
 
@@ -52,17 +52,21 @@ struct FloatProducts {
     const KeyTensor v = values_of(*pass.problem, *pass.inputs);
     const std::int64_t stride = state.sizes.score_stride;
     const int rows = unit.rows_of_head();
-    const int steps = Later::steps(keys.count);
-    const auto visit = [&](int step, int head, const KeyRows<v_dtype, Later>& value_rows, Later later) FA_INLINE_IF_FAST {
-      const int keys_left = min_of(Later::rows, (keys.count - step + steps - 1) / steps);
+    if constexpr (multiplies_pairs<v_dtype>) pair_weights<ValuesLater>(state.scores, stride, keys.count, state.words);
+    StepWeights<float, ValuesLater> weights;
+    const auto visit = [&](int step, int head, const KeyRows<v_dtype, ValuesLater>& values,
+                           ValuesLater later) FA_INLINE_IF_FAST {
+      if (head == 0) weights.find(state.scores, stride, keys.count, step);
       for_each_row_tile(rows, [&](int tile, auto count) FA_INLINE_IF_FAST {
         const int row = head * rows + tile;
-        add_values<v_dtype, count>(value_rows.row, later, keys_left, state.scores + step * stride + row, steps * stride,
-                                   step == 0 ? state.alpha + row : nullptr, v.dim, state.o + row * state.sizes.o_stride,
-                                   state.sizes.o_stride);
+        const float* rescale = step == 0 ? state.alpha + row : nullptr;
+        float* o = state.o + row * state.sizes.o_stride;
+        add_values<v_dtype, count>(
+            values.row, later,
+            OutputRows<ValuesLater>{o, state.sizes.o_stride, rescale, weights, row, state.words - state.scores}, v.dim);
       });
     };
-    walk<Later>(unit, BlockRows<v_dtype>(pass, unit, v, keys, state.numbers), k, next, visit);
+    walk<ValuesLater>(unit, BlockRows<v_dtype>(pass, unit, v, keys, state.numbers), k, next, visit);
   }
 
   static void order_dims(float* o, int dim) { unpair_dims<v_dtype>(o, dim); }

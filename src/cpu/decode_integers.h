@@ -32,17 +32,17 @@ struct IntegerProducts {
     const int steps = Later::steps(keys.count);
     const auto multiply = [&](const KeyTensor& source, const float* q, std::int64_t q_stride, const float* factors, bool add) {
       const auto* words = reinterpret_cast<const std::int32_t*>(q);
+      auto* integers = reinterpret_cast<std::int32_t*>(state.words);
       const auto visit = [&](int step, int head, const ByteRows<Later>& key_rows, Later later) FA_INLINE_IF_FAST {
         for_each_row_tile(rows, [&](int tile, auto count) FA_INLINE_IF_FAST {
           const int row = head * rows + tile;
-          integer_dots<count>(key_rows, later, words + row * q_stride, q_stride, source.dim,
-                              state.integer_scores + step * stride + row, steps * stride);
+          integer_dots<count>(key_rows, later, words + row * q_stride, q_stride, source.dim, integers + step * stride + row,
+                              steps * stride);
         });
       };
       walk<Later>(unit, BlockBytes{source, keys, unit.kv_head}, v, keys, visit);
       read_scales(pass, unit, source, keys, state.numbers);
-      scale_scores(unit, keys.count, state.numbers, state.integer_scores, factors, ScoreScale(problem).query, add, state.scores,
-                   stride);
+      scale_scores(unit, keys.count, state.numbers, integers, factors, ScoreScale(problem).query, add, state.scores, stride);
     };
     multiply(k, state.q, state.sizes.q_stride, state.q_factors, false);
     if (problem.has_qv) multiply(v, state.qv, state.sizes.qv_stride, state.qv_factors, true);
@@ -59,7 +59,7 @@ struct IntegerProducts {
     read_scales(pass, unit, v, keys, state.numbers);
     quantize_weights(unit, keys.count, state.numbers, state.scores, sizes.score_stride, state.row_units);
     const auto* p = reinterpret_cast<const std::int32_t*>(state.scores);
-    StepWeights<ValuesLater> weights;
+    StepWeights<std::int32_t, ValuesLater> weights;
     const auto visit = [&](int step, int head, const ByteRows<ValuesLater>& values, ValuesLater later) FA_INLINE_IF_FAST {
       if (head == 0) weights.find(p, sizes.score_stride, keys.count, step);
       const BlockSums block = {state.sums, state.o, sizes.o_stride, state.alpha, state.row_units, step == 0, step == steps - 1};

@@ -90,29 +90,39 @@ inline void decode_rows(const DecodePass& pass, const DecodeTask& task, float* s
   finish_rows<Products>(pass, task, state);
 }
 
-// An instance for each way to read ahead.
+// An instance for each way to read ahead. In cache, P V takes more keys a step, since O is read and written once a step; in
+// memory their rows are too many places, and few registers gain nothing.
 template <DType dtype>
 inline void decode_numbers(const DecodePass& pass, const DecodeTask& task, float* scratch) {
-  if (task.read_ahead == ReadAhead::into_l2) return decode_rows<FloatProducts<StreamsIntoL2, dtype>>(pass, task, scratch);
-  if constexpr (FA_TWO_STREAMS && dtype == DType::float32) {
-    // More rows wait for arithmetic, which passes over O less often with four.
-    const bool waits_for_memory = task.unit->rows_of_head() <= tile_rows;
-    if (task.read_ahead == ReadAhead::into_l1_from_memory && waits_for_memory) {
-      return decode_rows<FloatProducts<TwoStreamsIntoL1, dtype>>(pass, task, scratch);
-    }
+  using ValuesInCache = std::conditional_t<many_registers, StreamsIntoL2::FourKeys, StreamsIntoL2>;
+  switch (task.read_ahead) {
+    case ReadAhead::into_l2:
+      return decode_rows<FloatProducts<StreamsIntoL2, ValuesInCache, dtype>>(pass, task, scratch);
+    case ReadAhead::into_l2_from_memory:
+      return decode_rows<FloatProducts<StreamsIntoL2, StreamsIntoL2, dtype>>(pass, task, scratch);
+    case ReadAhead::into_l1_from_memory:
+      if constexpr (FA_TWO_STREAMS && dtype == DType::float32) {
+        // More rows wait for arithmetic, which passes over O less often with four.
+        if (task.unit->rows_of_head() <= tile_rows) {
+          return decode_rows<FloatProducts<TwoStreamsIntoL1, TwoStreamsIntoL1, dtype>>(pass, task, scratch);
+        }
+      }
+      [[fallthrough]];
+    case ReadAhead::into_l1:
+      return decode_rows<FloatProducts<StreamsIntoL1, StreamsIntoL1, dtype>>(pass, task, scratch);
   }
-  decode_rows<FloatProducts<StreamsIntoL1, dtype>>(pass, task, scratch);
 }
 
 inline void decode_integers(const DecodePass& pass, const DecodeTask& task, float* scratch) {
-  if (task.read_ahead == ReadAhead::into_l2) return decode_rows<IntegerProducts<StreamsIntoL2>>(pass, task, scratch);
+  const bool into_l2 = task.read_ahead == ReadAhead::into_l2 || task.read_ahead == ReadAhead::into_l2_from_memory;
+  if (into_l2) return decode_rows<IntegerProducts<StreamsIntoL2>>(pass, task, scratch);
   decode_rows<IntegerProducts<StreamsIntoL1>>(pass, task, scratch);
 }
 
 // MLX's codes take longer to turn into numbers than to arrive: one instance does for any cache.
 template <DType k_dtype, DType v_dtype>
 inline void decode_codes(const DecodePass& pass, const DecodeTask& task, float* scratch) {
-  decode_rows<FloatProducts<StreamsIntoL2, k_dtype, v_dtype>>(pass, task, scratch);
+  decode_rows<FloatProducts<StreamsIntoL2, StreamsIntoL2, k_dtype, v_dtype>>(pass, task, scratch);
 }
 
 // Of the dtypes of a cache, only the two with MLX's codes may be mixed.

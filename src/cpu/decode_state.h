@@ -25,6 +25,7 @@ struct DecodeSizes {
   std::int64_t o_stride;
   std::int64_t numbers;      // of a block's keys
   std::int64_t sums_stride;  // of integers; 0: none
+  bool has_words;            // what is multiplied is not float32
 
   DecodeSizes(const DecodePass& pass, int unit_rows)
       : rows(unit_rows),
@@ -33,7 +34,8 @@ struct DecodeSizes {
         qv_stride(pass.problem->has_qv ? round_up(pass.problem->head_dim_v, lanes) : 0),
         o_stride(round_up(pass.problem->head_dim_v, lanes)),
         numbers(0),
-        sums_stride(0) {
+        sums_stride(0),
+        has_words(multiplies_integers(pass) || (FA_BFLOAT16_DOT && pass.inputs->v.dtype == DType::bfloat16)) {
     const int most_kv_heads = unit_rows / pass.problem->group();
     if (multiplies_integers(pass)) {
       q_stride = integer_words(pass.problem->head_dim);
@@ -48,10 +50,10 @@ struct DecodeSizes {
 
   std::int64_t scores() const { return (max_decode_block + max_rows_of_step) * score_stride; }
   std::int64_t mask_rows() const { return std::int64_t{lanes} * round_up(max_decode_block, lanes); }
-  std::int64_t integer_scores() const { return sums_stride > 0 ? scores() : 0; }
+  std::int64_t words() const { return has_words ? scores() : 0; }
   std::int64_t total() const {
-    return scores() + integer_scores() + mask_rows() + rows * (q_stride + qv_stride + o_stride + sums_stride) +
-           4 * score_stride + numbers;
+    return scores() + words() + mask_rows() + rows * (q_stride + qv_stride + o_stride + sums_stride) + 4 * score_stride +
+           numbers;
   }
 };
 
@@ -69,9 +71,9 @@ struct DecodeState {
   float* o;
   float* alpha;
   float* numbers;
+  float* words;  // of scores or of P, as scores
 
   // Of integers.
-  std::int32_t* integer_scores;
   std::int32_t* sums;  // of a block, as o
   float* q_factors;    // [score_stride], as alpha
   float* qv_factors;
@@ -87,7 +89,7 @@ struct DecodeState {
     o = take(sizes.rows * sizes.o_stride);
     alpha = take(sizes.score_stride);
     numbers = take(sizes.numbers);
-    integer_scores = reinterpret_cast<std::int32_t*>(take(sizes.integer_scores()));
+    words = take(sizes.words());
     sums = reinterpret_cast<std::int32_t*>(take(sizes.rows * sizes.sums_stride));
     q_factors = take(sizes.score_stride);
     qv_factors = take(sizes.score_stride);

@@ -67,6 +67,23 @@ using StreamsIntoL2 = RowsLater<6, false>;
 using StreamsIntoL1 = RowsLater<many_registers ? 4 : 6, true>;
 using TwoStreamsIntoL1 = RowsLater<2, true>;
 
+// Where P of a step's keys lies, of each row.
+template <class Word, class Later>
+struct StepWeights {
+  const Word* of_key[Later::rows];
+  int keys;
+
+  // p [key][row] of a block.
+  FA_INLINE void find(const Word* p, std::int64_t stride, int keys_of_block, int step) {
+    keys = 0;
+    for (int row = 0; row < Later::rows; ++row) {
+      const int key = Later::key_of(row, step, Later::steps(keys_of_block));
+      of_key[row] = p + key * stride;
+      keys += key < keys_of_block;
+    }
+  }
+};
+
 FA_INLINE Part load_part(const float* p) {
   Part x;
   std::memcpy(&x, p, sizeof(x));

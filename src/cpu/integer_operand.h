@@ -85,7 +85,7 @@ struct IntegerOperand {
   }
 
   // [int8_chunk] sums over words of rows, in the order of places.
-  static FA_INLINE void order_dims(float* sums) {
+  static FA_INLINE void order_dims([[maybe_unused]] float* sums) {
 #if FA_VECTOR_BYTES == 64
     const Vec low = load(sums);
     const Vec high = load(sums + lanes);

@@ -41,20 +41,6 @@ struct BlockBytes {
   std::int32_t first_head;
 };
 
-// visit(i, the sum of x[i]'s 128-bit parts).
-template <int count, class Visit>
-FA_INLINE void for_each_sum_of_parts(const IVec (&x)[count], Visit visit) {
-  constexpr int at_once = lanes / 4;
-  unroll<(count + at_once - 1) / at_once>([&](auto group) FA_INLINE_IF_FAST {
-    IVec several[at_once];
-    unroll<at_once>([&](auto i) { several[i] = group * at_once + i < count ? x[(group * at_once + i) % count] : IVec{}; });
-    const IVec sums = sums_of_parts(several);
-    unroll<at_once>([&](auto i) {
-      if constexpr (group * at_once + i < count) visit(group * at_once + i, part_of<i>(sums));
-    });
-  });
-}
-
 // scores[key * stride + row] = K_key . Q_row. q [M][q_stride] words.
 template <int K, int M, class Later>
 FA_INLINE void integer_dots_tile(const ByteRows<Later>& keys, int first_key, Later later, const std::int32_t* q,
@@ -80,18 +66,14 @@ FA_INLINE void integer_dots_tile(const ByteRows<Later>& keys, int first_key, Lat
     for (int i = 0; i < K; ++i) k[i] = IntegerOperand::word_of_row(keys.load_tail(first_key + i, d, dim - d));
     add(d, k);
   }
-  constexpr int quads = (K * M + 3) / 4;
-  IVec sums_of_four[quads];
-#pragma GCC unroll 8
-  for (int i = 0; i < quads; ++i) {
-    const auto at = [&](int j) { return j < K * M ? acc[j / M][j % M] : IVec{}; };
-    sums_of_four[i] = sums_in_parts(at(4 * i), at(4 * i + 1), at(4 * i + 2), at(4 * i + 3));
-  }
-  if constexpr (M == 4) {
-    for_each_sum_of_parts(sums_of_four, [&](int key, auto sums) { std::memcpy(scores + key * stride, &sums, sizeof(sums)); });
+  using FourSums = std::int32_t __attribute__((vector_size(16)));
+  if constexpr (M == tile_rows) {
+    for_each_sums_of_lanes(acc[0], Constant<K * M>{},
+                           [&](int key, FourSums sums) { std::memcpy(scores + key * stride, &sums, sizeof(sums)); });
   } else {
-    std::int32_t sums[4 * quads];
-    for_each_sum_of_parts(sums_of_four, [&](int i, auto part) { std::memcpy(sums + 4 * i, &part, sizeof(part)); });
+    std::int32_t sums[round_up(K * M, 4)];
+    for_each_sums_of_lanes(acc[0], Constant<K * M>{},
+                           [&](int i, FourSums four) { std::memcpy(sums + 4 * i, &four, sizeof(four)); });
 #pragma GCC unroll 8
     for (int key = 0; key < K; ++key) std::memcpy(scores + key * stride, sums + key * M, M * sizeof(*sums));
   }
@@ -119,29 +101,12 @@ struct BlockSums {
   bool is_last;
 };
 
-// Where P of a step's keys lies: words of two neighbouring keys, of each row.
-template <class Later>
-struct StepWeights {
-  const std::int32_t* of_pair[Later::rows / 2];
-  int pairs;
-
-  // p [key][row] of a block.
-  FA_INLINE void find(const std::int32_t* p, std::int64_t stride, int keys, int step) {
-    pairs = 0;
-    for (int row = 0; row < Later::rows; row += 2) {
-      const int key = Later::key_of(row, step, Later::steps(keys));
-      of_pair[row / 2] = p + key * stride;
-      pairs += key < keys;
-    }
-  }
-};
-
 // sums[row][d] += sum over keys of p[key][row] * V_key[d], for W vectors of dims. Out of line, so that its loop has all
 // registers.
 template <int M, int W, class Later>
 __attribute__((noinline)) void add_integer_values_tile(const ByteRows<Later>& values, Later later,
-                                                       const StepWeights<Later>& weights, int row, int d, int tail,
-                                                       const BlockSums& block) {
+                                                       const StepWeights<std::int32_t, Later>& weights, int row, int d,
+                                                       int tail, const BlockSums& block) {
   IVec acc[M][W] = {};
   const auto for_each_sum = [&](auto visit) FA_INLINE_IF_FAST {
     unroll<M>([&](auto m) FA_INLINE_IF_FAST {
@@ -151,7 +116,7 @@ __attribute__((noinline)) void add_integer_values_tile(const ByteRows<Later>& va
   if (!block.is_first) for_each_sum([&](IVec& sum, std::int64_t at, int) { sum = load_words(block.sums + at); });
     // Not unrolled: GCC would load all keys at once, for which there are no registers.
 #pragma GCC unroll 1
-  for (int pair = 0; pair < weights.pairs; ++pair) {
+  for (int pair = 0; pair < (weights.keys + 1) / 2; ++pair) {
     IVec v[W];
 #pragma GCC unroll 2
     for (int w = 0; w < W; w += 2) {
@@ -168,7 +133,7 @@ __attribute__((noinline)) void add_integer_values_tile(const ByteRows<Later>& va
     }
 #pragma GCC unroll 4
     for (int m = 0; m < M; ++m) {
-      const IVec weight = splat(weights.of_pair[pair][row + m]);
+      const IVec weight = splat(weights.of_key[2 * pair][row + m]);
 #pragma GCC unroll 4
       for (int w = 0; w < W; ++w) acc[m][w] = IntegerOperand::multiply_add(acc[m][w], v[w], weight);
     }
@@ -180,8 +145,9 @@ __attribute__((noinline)) void add_integer_values_tile(const ByteRows<Later>& va
 }
 
 template <int M, class Later>
-inline FA_INLINE_IF_FAST void add_integer_values(const ByteRows<Later>& values, Later later, const StepWeights<Later>& weights,
-                                                 int row, int dim, const BlockSums& block) {
+inline FA_INLINE_IF_FAST void add_integer_values(const ByteRows<Later>& values, Later later,
+                                                 const StepWeights<std::int32_t, Later>& weights, int row, int dim,
+                                                 const BlockSums& block) {
   constexpr int W = value_vectors;
   int d = 0;
   for (; d + W * lanes <= dim; d += W * lanes) add_integer_values_tile<M, W>(values, later, weights, row, d, 0, block);

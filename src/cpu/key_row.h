@@ -225,8 +225,9 @@ inline void read_numbers_of_keys(const KeyTensor& source, KeySlot slot, std::int
 template <DType dtype>
 inline void dequantize_row(const KeyTensor& source, KeySlot slot, std::int32_t head, float* dst) {
   KeyRow<dtype> row;
-  [[maybe_unused]] float scales[max_head_dim_of_tensor / quantization_group];
-  [[maybe_unused]] float biases[max_head_dim_of_tensor / quantization_group];
+  constexpr int most_groups = round_up(max_head_dim_of_tensor / quantization_group, lanes);
+  [[maybe_unused]] float scales[most_groups];
+  [[maybe_unused]] float biases[most_groups];
   if constexpr (is_affine(dtype)) {
     read_numbers_of_keys(source, slot, 1, head, 1, scales, biases);
     row = {source, slot, head, Along::heads, {scales, biases}};

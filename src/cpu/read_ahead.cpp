@@ -20,8 +20,9 @@ bool has_large_l1() {
 }  // namespace
 
 ReadAhead read_ahead_of(std::int64_t bytes) {
-  if (!has_large_l1()) return ReadAhead::into_l2;
-  return bytes > most_in_cache ? ReadAhead::into_l1_from_memory : ReadAhead::into_l1;
+  const bool from_memory = bytes > most_in_cache;
+  if (has_large_l1()) return from_memory ? ReadAhead::into_l1_from_memory : ReadAhead::into_l1;
+  return from_memory ? ReadAhead::into_l2_from_memory : ReadAhead::into_l2;
 }
 
 }  // namespace flash_attn::cpu

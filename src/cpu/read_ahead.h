@@ -5,11 +5,9 @@
 
 namespace flash_attn::cpu {
 
-enum class ReadAhead : std::uint8_t {
-  into_l2,             // L1 is small
-  into_l1,             // it has 40 KiB or more for data: Intel since Ice Lake, AMD since Zen 5
-  into_l1_from_memory  // and what is read is too large for other caches
-};
+// Into L1 where that has 40 KiB or more for data (Intel since Ice Lake, AMD since Zen 5); from memory what is too large for
+// caches.
+enum class ReadAhead : std::uint8_t { into_l2, into_l2_from_memory, into_l1, into_l1_from_memory };
 
 /// For so many bytes of keys and values. An L1 that the system does not tell of counts as small.
 ReadAhead read_ahead_of(std::int64_t bytes);

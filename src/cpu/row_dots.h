@@ -18,8 +18,31 @@ FA_INLINE V sums_in_parts(V a, V b, V c, V d) {
   return pairs(pairs(a, c), pairs(b, d));
 }
 
-// Sums of the lanes of four vectors.
-FA_INLINE Part sums_of_lanes(Vec a, Vec b, Vec c, Vec d) { return sum_of_parts(sums_in_parts(a, b, c, d)); }
+// visit(i, the sum of x[i]'s 128-bit parts).
+template <class V, int count, class Visit>
+FA_INLINE void for_each_sum_of_parts(const V (&x)[count], Visit visit) {
+  constexpr int at_once = lanes / 4;
+  unroll<(count + at_once - 1) / at_once>([&](auto group) FA_INLINE_IF_FAST {
+    V several[at_once];
+    unroll<at_once>([&](auto i) { several[i] = group * at_once + i < count ? x[(group * at_once + i) % count] : V{}; });
+    const V sums = sums_of_parts(several);
+    unroll<at_once>([&](auto i) {
+      if constexpr (group * at_once + i < count) visit(group * at_once + i, part_of<i>(sums));
+    });
+  });
+}
+
+// visit(i, the sums of the lanes of x[4 i] to x[4 i + 3]); there are zeros after the last.
+template <class V, int count, class Visit>
+FA_INLINE void for_each_sums_of_lanes(const V* x, Constant<count>, Visit visit) {
+  V in_parts[(count + 3) / 4];
+#pragma GCC unroll 8
+  for (int i = 0; i < count; i += 4) {
+    const auto at = [&](int j) { return j < count ? x[j] : V{}; };
+    in_parts[i / 4] = sums_in_parts(at(i), at(i + 1), at(i + 2), at(i + 3));
+  }
+  for_each_sum_of_parts(in_parts, visit);
+}
 
 // acc[key][row] += K_key . Q_row, a vector of partial sums. q [M][q_stride], zeros after the last dim.
 template <DType dtype, int K, int M, class Later>
@@ -78,22 +101,15 @@ FA_INLINE void dots_tile(const KeyRow<dtype>* keys, Later later, const float* q,
   Vec acc[K][M] = {};
   add_dots<dtype, K, M>(keys, later, q, q_stride, dim, acc);
   if constexpr (M == tile_rows) {
-#pragma GCC unroll 8
-    for (int key = 0; key < K; ++key) {
-      const float factor = scale * keys[key].factor();
-      Part sums = sums_of_lanes(acc[key][0], acc[key][1], acc[key][2], acc[key][3]) * factor;
+    for_each_sums_of_lanes(acc[0], Constant<K * M>{}, [&](int key, Part sums) {
+      sums *= scale * keys[key].factor();
       if (add) sums += load_part(scores + key * stride);
       std::memcpy(scores + key * stride, &sums, sizeof(sums));
-    }
+    });
   } else {
-    constexpr int count = K * M;
-    float sums[round_up(count, 4)];
-#pragma GCC unroll 8
-    for (int i = 0; i < count; i += 4) {
-      const auto at = [&](int j) { return j < count ? acc[j / M][j % M] : Vec{}; };
-      const Part total = sums_of_lanes(at(i), at(i + 1), at(i + 2), at(i + 3));
-      std::memcpy(sums + i, &total, sizeof(total));
-    }
+    float sums[round_up(K * M, 4)];
+    for_each_sums_of_lanes(acc[0], Constant<K * M>{},
+                           [&](int i, Part four) { std::memcpy(sums + 4 * i, &four, sizeof(four)); });
 #pragma GCC unroll 8
     for (int key = 0; key < K; ++key) {
       const float factor = scale * keys[key].factor();

@@ -43,25 +43,42 @@ struct OutputTile {
   }
 };
 
-// visit(key) for keys 0, step, .. : without a loop where all are there.
-template <int all, int step, class Visit>
+// visit(i) for the keys 0, each, .. of a step: of few keys without a loop, where all are there, of many two at a time.
+template <class Later, int each, class Visit>
 FA_INLINE void for_each_key(int keys, Visit visit) {
-  if (keys == all) {
+  if constexpr (Later::depth > 1) {
+#pragma GCC unroll 2
+    for (int key = 0; key < keys; key += each) visit(key);
+  } else if (keys == Later::rows) {
 #pragma GCC unroll 8
-    for (int key = 0; key < all; key += step) visit(key);
+    for (int key = 0; key < Later::rows; key += each) visit(key);
   } else {
-    for (int key = 0; key < keys; key += step) visit(key);
+    for (int key = 0; key < keys; key += each) visit(key);
   }
 }
 
-// o[row][d] = rescale[row] * o[row][d] + sum over keys of p[key][row] * V_key[d], for W vectors of dims.
+// Some rows of O, and what is done to them: o[row][d] = rescale[row] * o[row][d] + sum over a step's keys of P V.
+template <class Later>
+struct OutputRows {
+  float* o;
+  std::int64_t stride;
+  const float* rescale;  // null: by 1
+  const StepWeights<float, Later>& weights;
+  int first_row;          // of the weights
+  std::int64_t to_words;  // from a key's weights to the words of pair_weights
+
+  FA_INLINE const float* weights_of(int key) const { return weights.of_key[key] + first_row; }
+  FA_INLINE const float* words_of(int key) const { return weights_of(key) + to_words; }
+};
+
+// For W vectors of dims.
 template <DType dtype, int M, int W, class Later>
-FA_INLINE void add_values_tile(const KeyRow<dtype>* values, Later later, int keys, const float* p, std::int64_t p_stride,
-                               const float* rescale, std::int64_t d, int tail, float* o, std::int64_t o_stride) {
-  OutputTile<M, W> tile(o + d, o_stride, rescale);
+FA_INLINE void add_values_tile(const KeyRow<dtype>* values, Later later, const OutputRows<Later>& rows, std::int64_t d,
+                               int tail) {
+  OutputTile<M, W> tile(rows.o + d, rows.stride, rows.rescale);
   Part bias = {};  // of each row's sum; the dims of a tile lie in one group of codes
-  for_each_key<Later::rows, 1>(
-      keys, [&](int key) __attribute__((always_inline)) {
+  for_each_key<Later, 1>(
+      rows.weights.keys, [&](int key) __attribute__((always_inline)) {
         Vec v[W];
         const auto row = values[key].from(d);
         unroll<W>([&](auto w) {
@@ -76,39 +93,46 @@ FA_INLINE void add_values_tile(const KeyRow<dtype>* values, Later later, int key
         for (int byte = 0; byte < row_bytes<dtype>(W * lanes); byte += cache_line) {
           later.from(key).template ask<1>(values + key, row_bytes<dtype>(d) + byte);
         }
+        const float* p = rows.weights_of(key);
         const float factor = values[key].factor_from(d);
-        if constexpr (KeyRow<dtype>::has_bias) bias += load_part(p + key * p_stride) * values[key].bias_from(d);
+        if constexpr (KeyRow<dtype>::has_bias) bias += load_part(p) * values[key].bias_from(d);
 #pragma GCC unroll 4
         for (int m = 0; m < M; ++m) {
-          const Vec weight = splat(p[key * p_stride + m] * factor);
+          const Vec weight = splat(p[m] * factor);
 #pragma GCC unroll 4
           for (int w = 0; w < W; ++w) tile.acc[m][w] += weight * v[w];
         }
       });
   if constexpr (KeyRow<dtype>::has_bias) tile.add(bias);
-  tile.write(o + d, o_stride);
+  tile.write(rows.o + d, rows.stride);
 }
 
-// words[pair][row]: p of two neighbouring keys, in bfloat16; 0 for a key after the last. Reads `lanes` rows.
-template <int M>
-FA_INLINE void pair_weights(const float* p, std::int64_t p_stride, int keys, float* words) {
-  for (int key = 0; key < keys; key += 2) {
-    const Vec neighbours[2] = {load(p + key * p_stride), key + 1 < keys ? load(p + (key + 1) * p_stride) : Vec{}};
-    const Vec of_rows = Bfloat16Operand::word(neighbours);
-    std::memcpy(words + key / 2 * M, &of_rows, M * sizeof(float));
+// words[key][row]: P of two neighbouring rows of a step in bfloat16, at the place of the first; 0 for a key after the last.
+template <class Later>
+inline void pair_weights(const float* p, std::int64_t stride, int keys, float* words) {
+  const int steps = Later::steps(keys);
+  for (int step = 0; step < steps; ++step) {
+    for (int i = 0; i < Later::rows; i += 2) {
+      const int first = Later::key_of(i, step, steps);
+      const int second = Later::key_of(i + 1, step, steps);
+      if (first >= keys) break;
+      for (int row = 0; row < stride; row += lanes) {
+        const Vec neighbours[2] = {load(p + first * stride + row), second < keys ? load(p + second * stride + row) : Vec{}};
+        store(words + first * stride + row, Bfloat16Operand::word(neighbours));
+      }
+    }
   }
 }
 
 // As add_values_tile, two keys at once.
 template <DType dtype, int M, int W, class Later>
-FA_INLINE void add_value_pairs_tile(const KeyRow<dtype>* values, Later later, int keys, const float* words,
-                                    const float* rescale, std::int64_t d, float* o, std::int64_t o_stride) {
-  OutputTile<M, W> tile(o + d, o_stride, rescale);
-  for_each_key<Later::rows, 2>(
-      keys, [&](int key) __attribute__((always_inline)) {
+FA_INLINE void add_value_pairs_tile(const KeyRow<dtype>* values, Later later, const OutputRows<Later>& rows, std::int64_t d) {
+  OutputTile<M, W> tile(rows.o + d, rows.stride, rows.rescale);
+  for_each_key<Later, 2>(
+      rows.weights.keys, [&](int key) __attribute__((always_inline)) {
         Vec v[W];
         const auto first = values[key].from(d);
-        const auto second = key + 1 < keys ? values[key + 1].from(d) : KeyRow<dtype>::zeros();
+        const auto second = key + 1 < rows.weights.keys ? values[key + 1].from(d) : KeyRow<dtype>::zeros();
 #pragma GCC unroll 2
         for (int w = 0; w < W; w += 2) {
           const Vec a = first.load_words(w * lanes);
@@ -117,40 +141,30 @@ FA_INLINE void add_value_pairs_tile(const KeyRow<dtype>* values, Later later, in
           v[w + 1] = Bfloat16Operand::word_of_rows<1>(a, b);
           later.from(key).template ask<2>(values + key, row_bytes<dtype>(d + w * lanes));
         }
+        const float* words = rows.words_of(key);
 #pragma GCC unroll 4
         for (int m = 0; m < M; ++m) {
-          const Vec weight = splat(words[key / 2 * M + m]);
+          const Vec weight = splat(words[m]);
 #pragma GCC unroll 4
           for (int w = 0; w < W; ++w) tile.acc[m][w] = Bfloat16Operand::multiply_add(tile.acc[m][w], v[w], weight);
         }
       });
-  tile.write(o + d, o_stride);
+  tile.write(rows.o + d, rows.stride);
 }
 
 template <DType dtype, int M, class Later>
-inline FA_INLINE_IF_FAST void add_values(const KeyRow<dtype>* values, Later later, int keys, const float* p,
-                                         std::int64_t p_stride, const float* rescale, int dim, float* o,
-                                         std::int64_t o_stride) {
+inline FA_INLINE_IF_FAST void add_values(const KeyRow<dtype>* values, Later later, const OutputRows<Later>& rows, int dim) {
+  constexpr int W = value_vectors;
   int d = 0;
   if constexpr (multiplies_pairs<dtype>) {
-    float words[Later::rows / 2 * M];
-    pair_weights<M>(p, p_stride, keys, words);
-    for (; d + value_vectors * lanes <= dim; d += value_vectors * lanes) {
-      add_value_pairs_tile<dtype, M, value_vectors>(values, later, keys, words, rescale, d, o, o_stride);
-    }
-    for (; d < paired_dims<dtype>(dim); d += 2 * lanes) {
-      add_value_pairs_tile<dtype, M, 2>(values, later, keys, words, rescale, d, o, o_stride);
-    }
+    for (; d + W * lanes <= dim; d += W * lanes) add_value_pairs_tile<dtype, M, W>(values, later, rows, d);
+    for (; d < paired_dims<dtype>(dim); d += 2 * lanes) add_value_pairs_tile<dtype, M, 2>(values, later, rows, d);
   } else {
-    for (; d + value_vectors * lanes <= dim; d += value_vectors * lanes) {
-      add_values_tile<dtype, M, value_vectors>(values, later, keys, p, p_stride, rescale, d, 0, o, o_stride);
-    }
-    for (; d < paired_dims<dtype>(dim); d += 2 * lanes) {
-      add_values_tile<dtype, M, 2>(values, later, keys, p, p_stride, rescale, d, 0, o, o_stride);
-    }
+    for (; d + W * lanes <= dim; d += W * lanes) add_values_tile<dtype, M, W>(values, later, rows, d, 0);
+    for (; d < paired_dims<dtype>(dim); d += 2 * lanes) add_values_tile<dtype, M, 2>(values, later, rows, d, 0);
   }
   for (; d < dim; d += lanes) {
-    add_values_tile<dtype, M, 1>(values, later, keys, p, p_stride, rescale, d, d + lanes <= dim ? 0 : dim - d, o, o_stride);
+    add_values_tile<dtype, M, 1>(values, later, rows, d, d + lanes <= dim ? 0 : dim - d);
   }
 }
 

@@ -265,7 +265,8 @@ TEST(Decode, GivesTheSameHoweverItReadsAhead) {
       // P may be rounded: to bfloat16, or to 15 bits of a block's largest.
       const float tolerance = problem.dtype == DType::bfloat16 ? 1e-3f : call.inputs.k.dtype == DType::int8 ? 1e-4f : 2e-5f;
       const std::vector<float> expected = decode(cpu::ReadAhead::into_l2);
-      for (cpu::ReadAhead read_ahead : {cpu::ReadAhead::into_l1, cpu::ReadAhead::into_l1_from_memory}) {
+      for (cpu::ReadAhead read_ahead :
+           {cpu::ReadAhead::into_l2_from_memory, cpu::ReadAhead::into_l1, cpu::ReadAhead::into_l1_from_memory}) {
         const std::vector<float> got = decode(read_ahead);
         for (std::size_t j = 0; j < expected.size(); ++j) {
           ASSERT_NEAR(expected[j], got[j], tolerance) << level.name << ", " << storage.name << ", " << j;
