@@ -119,7 +119,7 @@ inline void decode_integers(const DecodePass& pass, const DecodeTask& task, floa
   decode_rows<IntegerProducts<StreamsIntoL1>>(pass, task, scratch);
 }
 
-// MLX's codes take longer to turn into numbers than to arrive: one instance does for any cache.
+// Codes take longer to turn into float32 than to arrive: one instance does for any cache.
 template <DType k_dtype, DType v_dtype>
 inline void decode_codes(const DecodePass& pass, const DecodeTask& task, float* scratch) {
   decode_rows<FloatProducts<StreamsIntoL2, StreamsIntoL2, k_dtype, v_dtype>>(pass, task, scratch);
@@ -137,7 +137,7 @@ inline void decode(const DecodePass& pass, const DecodeTask& task, float* scratc
       return decode_numbers<DType::float16>(pass, task, scratch);
     case DType::int8:
       if (multiplies_integers(pass)) return decode_integers(pass, task, scratch);
-      return decode_numbers<DType::int8>(pass, task, scratch);
+      return decode_codes<DType::int8, DType::int8>(pass, task, scratch);
     case DType::affine8:
       if (v_dtype == DType::affine4) return decode_codes<DType::affine8, DType::affine4>(pass, task, scratch);
       return decode_codes<DType::affine8, DType::affine8>(pass, task, scratch);

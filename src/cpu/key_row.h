@@ -71,7 +71,7 @@ struct RowTail {
 
 // load(d) gives dims [d, d + lanes) over factor(), load_tail(d, count) when only `count` are left, load_pair<odd>(d) every
 // second one of [d, d + 2 * lanes). from(d) is the row without its first d dims, over factor_from(d). next() goes along the
-// axis, ask(byte) brings the line so far behind the row's first byte into L1.
+// axis, so many rows as go_by says, ask(byte) brings the line so far behind the row's first byte into L1.
 template <DType dtype>
 class KeyRow {
  public:
@@ -82,6 +82,7 @@ class KeyRow {
   FA_INLINE KeyRow(const KeyTensor& source, KeySlot slot, std::int32_t head, Along along)
       : row_(first_element(source, slot, head)), step_(step_bytes(source, slot, along)) {}
   FA_INLINE void next() { row_ += step_; }
+  FA_INLINE void go_by(int rows) { step_ *= rows; }
   FA_INLINE KeyRow from(std::int64_t d) const {
     KeyRow rest = *this;
     rest.row_ += d * size_of(dtype);
@@ -143,6 +144,10 @@ class KeyRow<DType::int8> {
   FA_INLINE void next() {
     row_ += step_;
     scale_ += scale_step_;
+  }
+  FA_INLINE void go_by(int rows) {
+    step_ *= rows;
+    scale_step_ *= rows;
   }
   FA_INLINE KeyRow from(std::int64_t d) const {
     KeyRow rest = *this;

@@ -32,7 +32,10 @@ struct KeyRows {
 
   FA_INLINE KeyRows(const auto& block, int step, Along along) {
     const int steps = Later::steps(block.keys.count);
-    for (int i = 0; i < Later::rows; ++i) row[i] = block.row(Later::key_of(i, step, steps), along);
+    for (int i = 0; i < Later::rows; ++i) {
+      row[i] = block.row(Later::key_of(i, step, steps), along);
+      if constexpr (Later::depth > 1) row[i].go_by(along == Along::keys ? Later::depth : 1);
+    }
   }
   FA_INLINE void next() {
     for (int i = 0; i < Later::rows; ++i) row[i].next();
