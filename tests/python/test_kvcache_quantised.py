@@ -109,8 +109,8 @@ def same_bits(a: mx.array, b: mx.array) -> np.ndarray:
     return np.all((np.array(a) == np.array(b)).reshape(*a.shape[:2], -1), -1)
 
 
-def check(arguments: dict[str, Any]) -> dict[str, Any]:
-    """Returns the arguments with their caches as the call left them."""
+def check(arguments: dict[str, Any], lse_slack: float = 0.0) -> dict[str, Any]:
+    """Returns the arguments with their caches as the call left them. An LSE may differ by lse_slack of its size besides."""
     arguments = poisoned(arguments)
     call = as_numbers(arguments)
     own = copied(arguments)
@@ -139,7 +139,8 @@ def check(arguments: dict[str, Any]) -> dict[str, Any]:
     _, lse_of_rounded = call.attended(rounding(got.k_cache), rounding(got.v_cache), oracle.exact)
     with np.errstate(invalid="ignore"):
         is_rounded = np.abs(got.lse - lse_of_rounded) < np.abs(got.lse - want.lse)
-    want.lse = np.where(is_rounded, lse_of_rounded, want.lse)
+        is_near = np.abs(got.lse - want.lse) <= lse_slack * np.abs(want.lse)
+    want.lse = np.where(is_near, got.lse, np.where(is_rounded, lse_of_rounded, want.lse))
     assert_attended(got, want, attended(rounding), call)
     return own
 
@@ -166,15 +167,52 @@ def test_attention_over_the_numbers_stored(rng, seqlen_q, dtype, format_):
 
 
 @each_format
+@each_dtype
 @pytest.mark.parametrize("heads", [(4, 4), (8, 2), (6, 1)], ids=str)
 @pytest.mark.parametrize(("dim", "dim_v"), [(64, 64), (128, 128), (64, 128), (192, 64)])
-def test_heads_and_head_dims(rng, dim, dim_v, heads, format_):
-    check(quantised(cache_call(rng, 2, 3, 70, *heads, dim, dim_v), format_))
+def test_heads_and_head_dims(rng, dim, dim_v, heads, dtype, format_):
+    check(quantised(cache_call(rng, 2, 3, 70, *heads, dim, dim_v, dtype=dtype), format_))
 
 
-@pytest.mark.parametrize("dim", [1, 7, 40, 80, 111])
-def test_int8_has_any_head_dim(rng, dim):
-    check(quantised(cache_call(rng, 2, 3, 70, dim=dim, seqlen_new=2), "int8"))
+@each_dtype
+@pytest.mark.parametrize("dim", [1, 7, 40, 80, 111, 576])
+def test_int8_has_any_head_dim(rng, dim, dtype):
+    check(quantised(cache_call(rng, 2, 3, 70, dim=dim, seqlen_new=2, dtype=dtype), "int8"))
+
+
+@each_dtype
+def test_int8_with_one_large_element_in_each_query(rng, dtype):
+    """The others keep 15 bits of it, so scores are off by 2**-15 of what they could be: seen in LSE, not in 16 bits."""
+    arguments = cache_call(rng, 2, 2, 300, dim=64, dtype=dtype)
+    q = to_numpy(arguments["q"])
+    q[..., 5] *= 100
+    check(quantised(arguments | {"q": mx.array(q).astype(dtype)}, "int8"), lse_slack=2e-4)
+
+
+@each_dtype
+def test_int8_with_scales_from_a_thousandth_to_a_thousand(rng, dtype):
+    """The heaviest values of a block of keys do not cost the others their precision."""
+    arguments = cache_call(rng, 2, 2, 300, dim=64, dtype=dtype)
+    sizes = mx.array(np.exp(rng.uniform(-7, 7, (2, 300, 2, 1))).astype(np.float32)).astype(dtype)
+    check(quantised(arguments | {"v_cache": arguments["v_cache"] * sizes}, "int8"))
+
+
+@each_dtype
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_what_is_not_finite_reaches_only_its_row_or_head(rng, value, dtype):
+    arguments = quantised(cache_call(rng, 1, 2, 200, 4, 2, 64, dtype=dtype) | {"cache_seqlens": 200}, "int8")
+    want = to_numpy(flash_attn_with_kvcache(**arguments))
+    q = to_numpy(arguments["q"])
+    q[0, 1, 3, 7] = value
+    out = to_numpy(flash_attn_with_kvcache(**arguments | {"q": mx.array(q).astype(dtype)}))
+    assert not np.any(np.isfinite(out[0, 1, 3]))
+    out[0, 1, 3] = want[0, 1, 3]
+    np.testing.assert_array_equal(out, want)
+    scale = to_numpy(arguments["v_scale"])
+    scale[0, 150, 1] = value
+    out = to_numpy(flash_attn_with_kvcache(**arguments | {"v_scale": mx.array(scale.astype(np.float32))}))
+    assert not np.any(np.isfinite(out[:, :, 2:]))
+    np.testing.assert_array_equal(out[:, :, :2], want[:, :, :2])
 
 
 @each_format
@@ -185,18 +223,19 @@ def test_a_long_quantised_cache(rng, dtype, format_):
 
 
 @each_format
+@each_dtype
 @pytest.mark.parametrize("feature", ["window", "softcap", "alibi", "sink", "leftpad", "qv", "chunk"])
-def test_features_of_quantised_caches(rng, feature, format_):
+def test_features_of_quantised_caches(rng, feature, dtype, format_):
     options: dict[str, Any] = {
         "window": {"window_size": (9, 3)},
         "softcap": {"softcap": 3.0},
         "alibi": {"alibi_slopes": normal(rng, 4)},
         "sink": {"learnable_sink": normal(rng, 4)},
         "leftpad": {"cache_leftpad": integers(1, 0)},
-        "qv": {"qv": normal(rng, 2, 3, 4, 64)},
+        "qv": {"qv": normal(rng, 2, 3, 4, 64, dtype=dtype)},
         "chunk": {"attention_chunk": 8, "causal": True},
     }[feature]
-    check(quantised(cache_call(rng, 2, 3, 70, dim=64, seqlen_new=3), format_) | options)
+    check(quantised(cache_call(rng, 2, 3, 70, dim=64, seqlen_new=3, dtype=dtype), format_) | options)
 
 
 # ---- appending
@@ -219,22 +258,25 @@ def test_keys_are_rotated_before_they_are_quantised(rng, interleaved, dtype, for
 
 
 @each_format
+@each_dtype
 @pytest.mark.parametrize("page_size", [1, 3, 16])
-def test_pages_batch_idx_and_leftpad_of_quantised_caches(rng, page_size, format_):
-    arguments = cache_call(rng, 3, 2, 60, dim=64, seqlen_new=4, rows=4) | {"cache_seqlens": integers(40, 3, 56)}
+def test_pages_batch_idx_and_leftpad_of_quantised_caches(rng, page_size, dtype, format_):
+    arguments = cache_call(rng, 3, 2, 60, dim=64, seqlen_new=4, rows=4, dtype=dtype) | {"cache_seqlens": integers(40, 3, 56)}
     arguments |= {"cache_leftpad": integers(7, 3, 0), "cache_batch_idx": integers(2, 3, 0), "causal": True}
     check(quantised(page(rng, arguments, page_size), format_))
 
 
 @each_format
-def test_packed_queries_and_new_keys_of_quantised_caches(rng, format_):
-    arguments = cache_call(rng, 3, 5, 60, dim=64, seqlen_new=6)
+@each_dtype
+def test_packed_queries_and_new_keys_of_quantised_caches(rng, dtype, format_):
+    arguments = cache_call(rng, 3, 5, 60, dim=64, seqlen_new=6, dtype=dtype)
     check(quantised(pack_new_keys(pack_queries(arguments, [5, 0, 2]), [6, 1, 3]), format_) | {"causal": True})
 
 
 @each_format
-def test_a_missing_page_of_quantised_caches(rng, format_):
-    arguments = page(rng, cache_call(rng, 2, 2, 48, dim=64) | {"cache_seqlens": integers(48, 30)}, 8)
+@each_dtype
+def test_a_missing_page_of_quantised_caches(rng, dtype, format_):
+    arguments = page(rng, cache_call(rng, 2, 2, 48, dim=64, dtype=dtype) | {"cache_seqlens": integers(48, 30)}, 8)
     table = np.array(arguments["block_table"])
     table[0, 2], table[1, 0] = -1, -1
     check(quantised(arguments | {"block_table": mx.array(table)}, format_))
@@ -325,11 +367,13 @@ def heads_first(part: mx.array) -> mx.array:
 
 
 @each_format
+@each_dtype
 @pytest.mark.parametrize("page_size", [None, 2, 5, 16])
 @pytest.mark.parametrize("seqlen_q", [1, 3])
-def test_caches_head_after_head(rng, format_, page_size, seqlen_q):
+def test_caches_head_after_head(rng, format_, page_size, seqlen_q, dtype):
     """Their rows are found a few keys at a time; a page may end, or be missing, anywhere between them."""
-    arguments = cache_call(rng, 2, seqlen_q, 330, dim=128) | {"cache_seqlens": integers(330, 101), "causal": True}
+    arguments = cache_call(rng, 2, seqlen_q, 330, dim=128, dtype=dtype)
+    arguments |= {"cache_seqlens": integers(330, 101), "causal": True}
     if page_size:
         arguments = page(rng, arguments, page_size)
         table = np.array(arguments["block_table"])
@@ -343,7 +387,8 @@ def test_caches_head_after_head(rng, format_, page_size, seqlen_q):
     for name in ("k_scale", "v_scale"):
         if name in arguments:
             turned[name] = heads_first(arguments[name])
-    np.testing.assert_allclose(
-        to_numpy(flash_attn_with_kvcache(**turned)), to_numpy(flash_attn_with_kvcache(**arguments)), atol=2e-6
-    )
+    if dtype == mx.float32:
+        np.testing.assert_allclose(
+            to_numpy(flash_attn_with_kvcache(**turned)), to_numpy(flash_attn_with_kvcache(**arguments)), atol=2e-6
+        )
     check(turned)
