@@ -195,17 +195,6 @@ FA_INLINE auto part_of(auto x) {
   return __builtin_shufflevector(x, x, 4 * i, 4 * i + 1, 4 * i + 2, 4 * i + 3);
 }
 
-// Added.
-FA_INLINE Part sum_of_parts(Vec x) {
-#if FA_VECTOR_BYTES == 16
-  return x;
-#elif FA_VECTOR_BYTES == 32
-  return part_of<0>(x) + part_of<1>(x);
-#else
-  return (part_of<0>(x) + part_of<1>(x)) + (part_of<2>(x) + part_of<3>(x));
-#endif
-}
-
 // Those of each vector added: part i of the result belongs to x[i].
 template <class V>
 FA_INLINE V sums_of_parts(const V (&x)[lanes / 4]) {
