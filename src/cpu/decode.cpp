@@ -38,8 +38,8 @@ void add_units(const AttentionProblem& problem, const AttentionInputs& inputs, s
   }
 }
 
-// By a unit's keys alone: so what a sequence gives does not depend on its batch. As if they were float32, so
-// that all dtypes have one limit.
+// By a unit's keys alone: so what a sequence gives does not depend on its batch. As if they were float32, so that all dtypes
+// have one limit.
 ReadAhead read_ahead_of_unit(const AttentionProblem& problem, const Unit& unit) {
   const KeyRange seen = unit.visible_keys();
   const std::int64_t elements = std::int64_t{unit.kv_heads} * (problem.head_dim + problem.head_dim_v);

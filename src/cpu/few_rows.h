@@ -33,6 +33,7 @@ struct RowsLater {
   static constexpr bool asks_twice = !into_l1 && many_registers && row_bytes<dtype>(1) > 1;
   static constexpr int bytes_near = 512;
 
+  static_assert(rows <= max_rows_of_step);
   using FourKeys = RowsLater<streams, into_l1, 4>;
 
   static int steps(int keys) { return (keys + rows - 1) / rows; }

@@ -8,7 +8,8 @@
 #include <emmintrin.h>
 #endif
 
-#if !defined(FA_INTEGER_DOT)  // 1: the level multiplies and adds pairs of int16 in an instruction or two
+// 1: the level multiplies and adds pairs of int16 in an instruction or two; or has the tile shapes of one that does.
+#if !defined(FA_INTEGER_DOT)
 #if defined(__SSE2__) || FA_VECTOR_BYTES > 16
 #define FA_INTEGER_DOT 1
 #else

@@ -92,8 +92,8 @@ requires(is_affine(dtype)) struct BlockRows<dtype> {
   }
 };
 
-// Where the rows of a step lie, and those `steps` after them in the order of a walk. What is only asked for may be a page that
-// does not exist: any other place will do.
+// Where the rows of a step lie. A page that does not exist is replaced by the first: for who only asks, or whose scores are
+// masked later.
 template <class Later>
 struct RowPlaces {
   const char* of_first_head[Later::rows];
