@@ -37,7 +37,8 @@ class BackwardProducts {
  public:
   struct Unit {};  // what a thread holds while it multiplies
   static constexpr bool leaves_scale = false;
-  static constexpr int keys_at_once = 1 << 16;  // of a tile of S and dP, at most
+  static constexpr bool softmax_beside = FA_LEVEL::softmax_beside;  // see gradient_product
+  static constexpr int keys_at_once = 1 << 16;                      // of a tile of S and dP, at most
 
   static std::int64_t size(const AttentionProblem& problem, std::int32_t key_block) {
     return key_block * (round_up(problem.head_dim, dim_panel) + std::int64_t{3} * row_block<Operand>);
@@ -73,7 +74,7 @@ class BackwardProducts {
   template <int N>
   static FA_INLINE void scores(const BlockPair<Operand>& pair, int column, const float* rows_of_keys, int dim_words,
                                const float* transposed, int keys, float scale, float* scores, std::int64_t stride) {
-    staircase_scores<Operand, N>(rows_of_keys, dim_words, transposed, keys, scale, pair.staircase, scores, stride, column);
+    staircase_scores<Operand, N>(rows_of_keys, dim_words, transposed, {0, keys}, scale, pair.staircase, scores, stride, column);
   }
 
   // P and dS of a tile as the products below take them.
@@ -162,6 +163,7 @@ class BackwardProducts<MatrixOperand> {
  public:
   using Unit = MatrixUnit;
   static constexpr bool leaves_scale = true;  // tiles are stored as they are
+  static constexpr bool softmax_beside = false;
   static constexpr int keys_at_once = 2 * pair_of_tiles;
 
   static std::int64_t size(const AttentionProblem& problem, std::int32_t key_block) {

@@ -30,7 +30,9 @@ inline void start_rows(const DecodePass& pass, const DecodeTask& task, DecodeSta
 template <int N>
 inline void softmax_of_panel(const AttentionProblem& problem, const AttentionInputs& inputs, const RowPanel& panel,
                              const ScoreTile& tile, SoftmaxState& state, float* alpha) {
-  softmax_tile<N>(tile, state, alpha);
+  for (int n = 0; n < N; ++n) store(alpha + n * lanes, splat(1.0f));
+  softmax_tile<N>(tile, state, 1.0f, 0.0f,
+                  [&](const float* factors) { std::memcpy(alpha, factors, N * lanes * sizeof(float)); });
   if (problem.has_dropout) drop_probabilities(problem, inputs, panel, tile);
 }
 

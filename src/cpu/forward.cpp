@@ -21,7 +21,7 @@ namespace {
 
 // Keys a block: K and V of a block stay in L2 beside the accumulators.
 std::int32_t forward_key_block(const Kernels& level, const AttentionProblem& problem) {
-  const std::int32_t about = std::max(problem.scored_dims(), problem.head_dim_v) <= 160 ? 128 : 80;
+  const std::int32_t about = std::max(problem.scored_dims(), problem.head_dim_v) <= 256 ? 128 : 80;
   return about / level.forward_key_tile * level.forward_key_tile;
 }
 

@@ -3,14 +3,13 @@
 //   for each block of keys that some row sees:
 //     S^T = K Q^T                          [keys][rows], log2 units
 //     S   = mask(ALiBi(softcap(S)))
-//     m'  = max(m, rowmax(S));  alpha = 2^(m - m')
-//     P   = 2^(S - m');  l = alpha l + rowsum(P)
-//     O   = alpha O + dropout(P) V         [rows][head dims]
+//     where rowmax(S) is far above m:  l, O *= 2^(m - rowmax(S));  m = rowmax(S)
+//     P   = 2^(S - m);  l += rowsum(P)
+//     O  += dropout(P) V                   [rows][head dims]
 //   O = O / l;  lse = ln 2 (m + log2 l)
 #pragma once
 
-#include "cpu/forward_products.h"
-#include "cpu/online_softmax.h"
+#include "cpu/forward_scores.h"
 
 namespace flash_attn::cpu::FA_LEVEL {
 namespace {
@@ -94,20 +93,17 @@ inline void attend(const BlockContext& block, const RowPanel& panel, PanelState&
   const float* v =
       block.packed + packed_keys_size(problem, block.pass->key_block) + std::int64_t{begin / Operand::per_word} * dim_panel;
   const std::int64_t v_panel_stride = std::int64_t{words<Operand>(block.pass->key_block)} * dim_panel;
-  alignas(64) float alpha[panel_rows];
 
   using Products = ForwardProducts<Operand>;
   Staircase staircase;
   staircase.add(panel, tile.key_begin, tile.keys);
   block.ahead->add_mask(block.scores.inputs->attn_mask, *block.task->unit, panel, {tile.key_begin, tile.key_begin + tile.keys});
-  Products::template scores<N>(k, dim_words, state.q_transposed, tile.keys, block.scores.scale.query, staircase, tile.scores,
-                               tile.stride, *block.ahead);
-  const float scale_left = leave_scale<Products>(*block.steps, panel, tile, block.scores.scale.query);
-  block.steps->apply(block.scores, panel, tile);
-  softmax_tile<N>(tile, state.softmax, alpha, scale_left);
+  const SummedRows rows = {state.is_empty ? nullptr : state.o, round_up(problem.head_dim_v, dim_panel)};
+  BlockScores<Operand, N>(*block.steps, block.scores, panel, staircase, tile, state.softmax, rows)
+      .compute(k, dim_words, state.q_transposed, *block.ahead);
   if (problem.has_dropout) drop_probabilities(problem, *block.pass->inputs, panel, tile);
   const auto add_values = [&](const ResultRows* results) {
-    Products::template values<N>(tile.scores, tile.keys, v, v_panel_stride, panels_of(problem.head_dim_v), alpha, staircase,
+    Products::template values<N>(tile.scores, tile.keys, v, v_panel_stride, panels_of(problem.head_dim_v), staircase,
                                  {state.o, state.is_empty, results}, block.transposed_tile, *block.ahead);
   };
   const ForwardTask& task = *block.task;

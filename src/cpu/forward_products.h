@@ -1,9 +1,10 @@
-// Forward's two products, S^T = K Q^T and O = alpha O + P V, by vectors or by matrix tiles.
+// Forward's two products, S^T = K Q^T and O += P V, by vectors or by matrix tiles.
 #pragma once
 
 #include "cpu/matrix_tiles.h"
 #include "cpu/online_softmax.h"
 #include "cpu/row_words.h"
+#include "cpu/rows_ahead.h"
 #include "cpu/staircase.h"
 
 namespace flash_attn::cpu::FA_LEVEL {
@@ -16,10 +17,10 @@ struct RowsOfO {
   const ResultRows* results;  // where the rows go after the last block; null: they stay in sums
 };
 
-// O [rows][dims] = alpha O + P^T [key words][rows] V [dim panels][key words][dim_panel].
+// O [rows][dims] += P^T [key words][rows] V [dim panels][key words][dim_panel].
 template <class Operand, int N>
-inline void value_product(const float* p, const float* v, std::int64_t v_panel_stride, int panels_v, const float* alpha,
-                          const Staircase& steps, const RowsOfO& o, RowsAhead& ahead) {
+inline void value_product(const float* p, const float* v, std::int64_t v_panel_stride, int panels_v, const Staircase& steps,
+                          const RowsOfO& o, RowsAhead& ahead) {
   constexpr int M = value_rows<N>;
   static_assert(N * lanes % M == 0, "a tile would reach past the panel");
   const int dims = panels_v * dim_panel;
@@ -29,16 +30,17 @@ inline void value_product(const float* p, const float* v, std::int64_t v_panel_s
       const int first = keys.begin / Operand::per_word;
       float* sums = o.sums + std::int64_t{row} * dims + panel * dim_panel;
       Vec acc[M][dim_vectors] = {};
+      matmul_tile<Operand, M, dim_vectors>(acc, p + first * N * lanes + row, 1, N * lanes,
+                                           v + panel * v_panel_stride + first * dim_panel, dim_panel,
+                                           words<Operand>(keys.end) - first, ahead);
+      // Only now: the product does not wait for what comes from L2.
       if (!o.are_empty) {
 #pragma GCC unroll 16
         for (int m = 0; m < M; ++m) {
 #pragma GCC unroll 4
-          for (int n = 0; n < dim_vectors; ++n) acc[m][n] = load(sums + m * dims + n * lanes) * alpha[row + m];
+          for (int n = 0; n < dim_vectors; ++n) acc[m][n] += load(sums + m * dims + n * lanes);
         }
       }
-      matmul_tile<Operand, M, dim_vectors>(acc, p + first * N * lanes + row, 1, N * lanes,
-                                           v + panel * v_panel_stride + first * dim_panel, dim_panel,
-                                           words<Operand>(keys.end) - first, ahead);
 #pragma GCC unroll 16
       for (int m = 0; m < M; ++m) {
         if (o.results) {
@@ -56,22 +58,23 @@ template <class Operand>
 struct ForwardProducts {
   struct Unit {};  // what a thread holds while it multiplies
   static constexpr bool leaves_scale = false;
-  static constexpr bool leaves_results = true;  // in their place, see RowsOfO
+  static constexpr bool leaves_results = true;                      // in their place, see RowsOfO
+  static constexpr bool softmax_beside = FA_LEVEL::softmax_beside;  // see forward_scores.h
 
-  // S^T [keys][stride] = scale K [keys][dim words] Q^T [dim words][N vectors]. Scores of a tile's last keys may be of keys past
-  // the end.
+  // S^T [keys][stride] = scale K [keys][dim words] Q^T [dim words][N vectors], of a range of keys. Scores of the last tile may
+  // be of keys past the end.
   template <int N>
-  static FA_INLINE void scores(const float* k, int dim_words, const float* q_transposed, int keys, float scale,
+  static FA_INLINE void scores(const float* k, int dim_words, const float* q_transposed, KeyRange keys, float scale,
                                const Staircase& steps, float* scores, std::int64_t stride, RowsAhead& ahead) {
     staircase_scores<Operand, N>(k, dim_words, q_transposed, keys, scale, steps, scores, stride, 0, ahead);
   }
 
-  // O [rows][dims] = alpha O + P V, P [keys][N vectors] of which `keys` count, V [dim panels][key words][dim_panel]; P is lost.
+  // O [rows][dims] += P V, P [keys][N vectors] of which `keys` count, V [dim panels][key words][dim_panel]; P is lost.
   template <int N>
   static FA_INLINE void values(float* p, int keys, const float* v, std::int64_t v_panel_stride, int panels_v,
-                               const float* alpha, const Staircase& steps, const RowsOfO& o, float*, RowsAhead& ahead) {
+                               const Staircase& steps, const RowsOfO& o, float*, RowsAhead& ahead) {
     const float* words_of_p = pack_along_keys<Operand>(p, N * lanes, keys, p);
-    value_product<Operand, N>(words_of_p, v, v_panel_stride, panels_v, alpha, steps, o, ahead);
+    value_product<Operand, N>(words_of_p, v, v_panel_stride, panels_v, steps, o, ahead);
   }
 };
 
@@ -98,14 +101,15 @@ template <>
 struct ForwardProducts<MatrixOperand> {
   using Unit = MatrixUnit;
   static constexpr bool leaves_results = false;
+  static constexpr bool softmax_beside = false;
   static constexpr bool leaves_scale = true;  // tiles are stored as they are: who reads scores next scales them
   static_assert(lanes == matrix_tile && dim_panel == 2 * matrix_tile);
 
   template <int N>
-  static inline void scores(const float* k, int dim_words, const float* q_transposed, int keys, float, const Staircase&,
+  static inline void scores(const float* k, int dim_words, const float* q_transposed, KeyRange keys, float, const Staircase&,
                             float* scores, std::int64_t stride, RowsAhead&) {
     constexpr int M = 2;
-    for (int key = 0; key < keys; key += M * matrix_tile) {
+    for (int key = keys.begin; key < keys.end; key += M * matrix_tile) {
       float* tile = scores + key * stride;
       multiply_tiles<M, N>(false, tile, stride, k + std::int64_t{key} * dim_words, dim_words, q_transposed, N * lanes,
                            dim_words / matrix_tile);
@@ -113,16 +117,13 @@ struct ForwardProducts<MatrixOperand> {
   }
 
   template <int N>
-  static inline void values(float* p, int keys, const float* v, std::int64_t v_panel_stride, int panels_v, const float* alpha,
-                            const Staircase&, const RowsOfO& rows, float* scratch, RowsAhead&) {
+  static inline void values(float* p, int keys, const float* v, std::int64_t v_panel_stride, int panels_v, const Staircase&,
+                            const RowsOfO& rows, float* scratch, RowsAhead&) {
     float* o = rows.sums;
     const int key_words = words<MatrixOperand>(keys);
     const std::int64_t dims = std::int64_t{panels_v} * dim_panel;
     transpose_probabilities<N>(p, keys, scratch, key_words);
     if (rows.are_empty) std::memset(o, 0, sizeof(float) * static_cast<std::size_t>(N * lanes * dims));
-    for (int row = 0; row < N * lanes; ++row) {
-      if (alpha[row] != 1.0f) scale_row(o + row * dims, alpha[row], static_cast<int>(dims));  // the maximum rarely moves
-    }
     for (int panel = 0; panel < panels_v; ++panel) {
       multiply_tiles<N, 2>(true, o + panel * dim_panel, dims, scratch, key_words, v + panel * v_panel_stride, dim_panel,
                            key_words / matrix_tile);

@@ -6,20 +6,24 @@
 namespace flash_attn::cpu::FA_LEVEL {
 namespace {
 
+FA_INLINE Vec probability(Vec score, float scale_left, Vec lse_log2) { return exp2_of(score * scale_left - lse_log2); }
+
+// dS. Where P is 0 the key is masked, and so is whatever its V holds.
+FA_INLINE Vec gradient(Vec p, Vec dp, Vec delta) { return select(p == 0.0f, Vec{}, p * (dp - delta)); }
+
+// P and dS from S and dP.
 inline void gradient_tile(const BackwardPass& pass, const RowPanel& panel, const float* lse_log2, const float* delta,
                           float scale_left, const GradientTile& tile) {
   const AttentionProblem& problem = *pass.problem;
   const ScoreTile& s = tile.scores;
-  const auto probability = [&](std::int64_t i, int v) {
-    return exp2_of(load(s.scores + i) * scale_left - load(lse_log2 + v * lanes));
+  const auto p_of = [&](std::int64_t i, int v) {
+    return probability(load(s.scores + i), scale_left, load(lse_log2 + v * lanes));
   };
-  // Where P is 0 the key is masked, and so is whatever its V holds.
-  const auto gradient = [](Vec p, Vec dp, Vec d) { return select(p == 0.0f, Vec{}, p * (dp - d)); };
   if (problem.has_dropout) {
     const Vec scale = splat(problem.dropout_scale);
     visit_dropout(problem, pass.inputs->dropout_key, panel, s.key_begin, s.keys, [&](int key, int v, IVec keep) {
       const std::int64_t i = key * s.stride + v * lanes;
-      const Vec p = probability(i, v);
+      const Vec p = p_of(i, v);
       const Vec kept_dp = from_bits(bits_of(load(tile.gradients + i) * scale) & keep);
       store(tile.gradients + i, gradient(p, kept_dp, load(delta + v * lanes)));
       store(s.scores + i, from_bits(bits_of(p * scale) & keep));
@@ -29,11 +33,76 @@ inline void gradient_tile(const BackwardPass& pass, const RowPanel& panel, const
   for (int key = 0; key < s.keys; ++key) {
     for (int v = 0; v < panel.vectors; ++v) {
       const std::int64_t i = key * s.stride + v * lanes;
-      const Vec p = probability(i, v);
+      const Vec p = p_of(i, v);
       store(tile.gradients + i, gradient(p, load(tile.gradients + i), load(delta + v * lanes)));
       store(s.scores + i, p);
     }
   }
+}
+
+// P of M keys by N vectors of rows, in place of S, a key a step.
+template <int M, int N>
+class TileProbabilities {
+ public:
+  TileProbabilities(float* scores, std::int64_t stride, const float* lse_log2)
+      : next_(scores), stride_(stride), end_(scores + M * stride), lse_log2_(lse_log2) {}
+
+  FA_INLINE void step() {
+    if (next_ == end_) return;
+#pragma GCC unroll 4
+    for (int n = 0; n < N; ++n) {
+      store(next_ + n * lanes, probability(load(next_ + n * lanes), 1.0f, load(lse_log2_ + n * lanes)));
+    }
+    next_ += stride_;
+  }
+  FA_INLINE void finish() {
+    while (next_ != end_) step();
+  }
+
+ private:
+  float* next_;
+  std::int64_t stride_;
+  float* end_;
+  const float* lse_log2_;
+};
+
+// dS [M keys][W vectors of rows] = P (dP - delta), where dP^T = V [M][dim words] dO^T [dim words][N vectors]; beside that
+// product S [M][N vectors] becomes P. Of these, `first` is the first of the W. Out of line, so that its loop has all registers.
+template <class Operand, int M, int W, int N>
+__attribute__((noinline)) void gradient_product(const float* v, int dim_words, const float* dout, const float* lse_log2,
+                                                const float* delta, int first, float* scores, float* gradients,
+                                                std::int64_t stride) {
+  TileProbabilities<M, N> probabilities(scores, stride, lse_log2);
+  Vec dp[M][W] = {};
+  matmul_tile<Operand, M, W>(dp, v, dim_words, 1, dout + first * lanes, N * lanes, dim_words, probabilities);
+  probabilities.finish();
+#pragma GCC unroll 8
+  for (int m = 0; m < M; ++m) {
+#pragma GCC unroll 4
+    for (int w = 0; w < W; ++w) {
+      const std::int64_t i = m * stride + (first + w) * lanes;
+      store(gradients + i, gradient(load(scores + i), dp[m][w], load(delta + (first + w) * lanes)));
+    }
+  }
+}
+
+// P and dS of the panel at `column` of the rows.
+template <class Operand, int N>
+inline void gradients_beside(const BlockPair<Operand>& pair, int column, const float* v_rows, int dim_words, const float* dout,
+                             const float* lse_log2, const float* delta, const GradientTile& tile) {
+  constexpr int M = score_keys<N>;
+  const ScoreTile& s = tile.scores;
+  for_each_seen_tile<M, N>({0, s.keys}, pair.staircase, column, [&](int key, int first, auto count) FA_INLINE_IF_FAST {
+    float* scores = s.scores + key * s.stride;
+    float* gradients = tile.gradients + key * s.stride;
+    if constexpr (count > 0) {
+      gradient_product<Operand, M, count, N>(v_rows + std::int64_t{key} * dim_words, dim_words, dout, lse_log2, delta, first,
+                                             scores, gradients, s.stride);
+    } else {
+      TileProbabilities<M, N>(scores, s.stride, lse_log2).finish();
+    }
+    clear_unseen<M, N>(gradients, s.stride, first, count);
+  });
 }
 
 inline void multiply_softcap_derivative(const RowPanel& panel, const GradientTile& tile) {
@@ -55,7 +124,7 @@ struct GradientContext {
   const BackwardProducts<Operand>& products;
 };
 
-// S^T, dP^T, then P and dS of the panel at `column` of the rows. visit(tile, key) as soon as a tile is ready; `key` is its
+// S^T, dP^T, P and dS of the panel at `column` of the rows. visit(tile, key) as soon as a tile is ready; `key` is its
 // first, counted from the block's.
 template <class Operand, int N, class Visit>
 inline void panel_gradients(const GradientContext<Operand>& context, const BlockPair<Operand>& pair, const RowPanel& panel,
@@ -78,12 +147,20 @@ inline void panel_gradients(const GradientContext<Operand>& context, const Block
     const ScoreTile& s = tile.scores;
     Products::template scores<N>(pair, column, buffers.k_rows + std::int64_t{key} * dim_words, dim_words, q, count, scale.query,
                                  s.scores, s.stride);
-    Products::template scores<N>(pair, column, buffers.v_rows + std::int64_t{key} * dim_v_words, dim_v_words, dout, count, 1.0f,
-                                 tile.gradients, s.stride);
     const float scale_left = leave_scale<Products>(context.steps, panel, s, scale.query);
     context.steps.apply({pass.problem, pass.inputs, nullptr, scale, buffers.mask_rows, pair.keys.size, tile.softcap_derivative},
                         panel, s);
-    gradient_tile(pass, panel, pair.rows.lse_log2 + column, pair.rows.delta + column, scale_left, tile);
+    const float* v_rows = buffers.v_rows + std::int64_t{key} * dim_v_words;
+    const float* lse_log2 = pair.rows.lse_log2 + column;
+    const float* delta = pair.rows.delta + column;
+    const bool is_beside = Products::softmax_beside && !problem.has_dropout;
+    if constexpr (Products::softmax_beside) {
+      if (is_beside) gradients_beside<Operand, N>(pair, column, v_rows, dim_v_words, dout, lse_log2, delta, tile);
+    }
+    if (!is_beside) {
+      Products::template scores<N>(pair, column, v_rows, dim_v_words, dout, count, 1.0f, tile.gradients, s.stride);
+      gradient_tile(pass, panel, lse_log2, delta, scale_left, tile);
+    }
     visit(Constant<N>{}, tile, key);
   }
 }

@@ -7,7 +7,7 @@
 namespace flash_attn::cpu::FA_LEVEL {
 namespace {
 
-// m and l of a panel's rows, log2 units.
+// Of a panel's rows: m, in log2 units, and l, the sum of 2^(S - m).
 struct SoftmaxState {
   alignas(64) float m[panel_rows];
   alignas(64) float l[panel_rows];
@@ -22,31 +22,51 @@ inline void start_softmax(const RowPanel& panel, const float* learnable_sink, So
   }
 }
 
-// Turns S into P, updates m and l, gives alpha. The tile holds the scores over `scale`, which is positive.
-template <int N>
-inline void softmax_tile(const ScoreTile& tile, SoftmaxState& state, float* alpha, float scale = 1.0f) {
-  Vec maximum[N];
-  Vec minus_maximum[N];
-  Vec sum[N] = {};
-  for (int n = 0; n < N; ++n) maximum[n] = minus_infinity();
-  for (int key = 0; key < tile.keys; ++key) {
-    for (int n = 0; n < N; ++n) maximum[n] = larger_of(load(tile.scores + key * tile.stride + n * lanes), maximum[n]);
-  }
+// How far above m a score may be, in log2 units. Where it may be some way, m rarely moves, and with it what was summed up so
+// far; float32 has room for P up to 2^8. Where P is rounded and few keys weigh much, m is the largest score: P of one key is
+// exactly 1.
+constexpr float most_above_m = 8.0f;
+
+// Raises m where a score is farther above, and l with it; rescale(factors [N vectors]) does so with what else was summed up.
+template <int N, class Rescale>
+inline void raise_m(const Vec (&largest)[N], float most_above, SoftmaxState& state, Rescale rescale) {
+  IVec is_far = {};
+  for (int n = 0; n < N; ++n) is_far |= largest[n] > load(state.m + n * lanes) + most_above;
+  if (!any_of(is_far)) return;
+  alignas(64) float factors[N * lanes];
   for (int n = 0; n < N; ++n) {
-    maximum[n] = larger_of(maximum[n] * scale, load(state.m + n * lanes));
-    minus_maximum[n] = -maximum[n];
-    store(alpha + n * lanes, exp2_of(load(state.m + n * lanes) + minus_maximum[n]));
-    store(state.m + n * lanes, maximum[n]);
+    const Vec m = load(state.m + n * lanes);
+    const Vec raised = larger_of(largest[n], m);
+    const Vec factor = exp2_of(m - raised);
+    store(factors + n * lanes, factor);
+    store(state.m + n * lanes, raised);
+    store(state.l + n * lanes, load(state.l + n * lanes) * factor);
   }
+  rescale(factors);
+}
+
+// Turns S into P, adds it to l. The tile holds the scores over `scale`, which is positive. The rest: see raise_m.
+template <int N, class Rescale>
+inline void softmax_tile(const ScoreTile& tile, SoftmaxState& state, float scale, float most_above, Rescale rescale) {
+  Vec largest[N];
+  Vec minus_m[N];
+  Vec sum[N] = {};
+  for (int n = 0; n < N; ++n) largest[n] = minus_infinity();
+  for (int key = 0; key < tile.keys; ++key) {
+    for (int n = 0; n < N; ++n) largest[n] = larger_of(load(tile.scores + key * tile.stride + n * lanes), largest[n]);
+  }
+  for (int n = 0; n < N; ++n) largest[n] *= scale;
+  raise_m<N>(largest, most_above, state, rescale);
+  for (int n = 0; n < N; ++n) minus_m[n] = -load(state.m + n * lanes);
   for (int key = 0; key < tile.keys; ++key) {
     float* row = tile.scores + key * tile.stride;
     for (int n = 0; n < N; ++n) {
-      const Vec p = exp2_of(load(row + n * lanes) * scale + minus_maximum[n]);
+      const Vec p = exp2_of(load(row + n * lanes) * scale + minus_m[n]);
       sum[n] += p;
       store(row + n * lanes, p);
     }
   }
-  for (int n = 0; n < N; ++n) store(state.l + n * lanes, load(state.l + n * lanes) * load(alpha + n * lanes) + sum[n]);
+  for (int n = 0; n < N; ++n) store(state.l + n * lanes, load(state.l + n * lanes) + sum[n]);
 }
 
 // Drops probabilities of a tile; the survivors are scaled when the row is finished.

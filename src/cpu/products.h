@@ -1,8 +1,9 @@
 // The matrix products of attention, each a loop over register tiles.
 #pragma once
 
+#include <type_traits>
+
 #include "cpu/pack.h"
-#include "cpu/rows_ahead.h"
 
 namespace flash_attn::cpu::FA_LEVEL {
 namespace {
@@ -11,16 +12,19 @@ inline void scale_row(float* row, float scale, int dims) {
   for (int d = 0; d < dims; d += lanes) store(row + d, load(row + d) * scale);
 }
 
-constexpr int rounds_a_line = 2;  // of a tile, for each line of rows ahead
+constexpr int rounds_a_step = 4;  // of a tile, for each step of what goes on beside it
+
+struct NothingBeside {
+  FA_INLINE void step() {}
+};
 
 // The register tile: acc[M][N vectors] += A[M][depth] * B[depth][N vectors]. Elements of A are broadcast, B is read along its
-// lanes; M * N accumulators, N vectors of B and one broadcast fill the register file.
-template <class Operand, int M, int N, class Ahead = NoRowsAhead>
+// lanes; M * N accumulators, N vectors of B and one broadcast fill the register file. Between rounds those of B are free for
+// beside.step().
+template <class Operand, int M, int N, class Beside = NothingBeside>
 FA_INLINE void matmul_tile(Vec (&acc)[M][N], const float* a, std::int64_t a_row, std::int64_t a_depth, const float* b,
-                           std::int64_t b_depth, int depth, Ahead&& ahead = {}) {
-  // Unrolled so far that the processor foresees the end of the loop.
-#pragma GCC unroll 4
-  for (int k = 0; k < depth; ++k) {
+                           std::int64_t b_depth, int depth, Beside&& beside = {}) {
+  const auto round = [&]() FA_INLINE_IF_FAST {
     Vec row[N];
 #pragma GCC unroll 16
     for (int n = 0; n < N; ++n) row[n] = load(b + n * lanes);
@@ -32,7 +36,19 @@ FA_INLINE void matmul_tile(Vec (&acc)[M][N], const float* a, std::int64_t a_row,
     }
     a += a_depth;
     b += b_depth;
-    if (k % rounds_a_line == 0) ahead.ask();
+  };
+  // Unrolled, so that the processor foresees the end of the loop.
+  if constexpr (!std::is_base_of_v<NothingBeside, std::remove_reference_t<Beside>>) {
+    for (; depth >= rounds_a_step; depth -= rounds_a_step) {
+      unroll<rounds_a_step>([&](auto) FA_INLINE_IF_FAST { round(); });
+      beside.step();
+    }
+#pragma GCC unroll 1
+    for (; depth > 0; --depth) round();
+  } else {
+    // Where a round could not end the loop GCC would mix it with the next one, which takes registers that few levels have.
+#pragma GCC unroll 4
+    for (; depth > 0; --depth) round();
   }
 }
 
@@ -54,11 +70,11 @@ inline const float* pack_along_keys(const float* tile, std::int64_t stride, int 
 }
 
 // S^T [M keys][N vectors of a row] = scale K [M][dim words] Q^T [dim words][q_stride].
-template <class Operand, int M, int N, class Ahead>
+template <class Operand, int M, int N, class Beside>
 FA_INLINE void score_tile(const float* k, int dim_words, const float* q_transposed, std::int64_t q_stride, float scale,
-                          float* scores, std::int64_t stride, Ahead& ahead) {
+                          float* scores, std::int64_t stride, Beside& beside) {
   Vec acc[M][N] = {};
-  matmul_tile<Operand, M, N>(acc, k, dim_words, 1, q_transposed, q_stride, dim_words, ahead);
+  matmul_tile<Operand, M, N>(acc, k, dim_words, 1, q_transposed, q_stride, dim_words, beside);
 #pragma GCC unroll 16
   for (int m = 0; m < M; ++m) {
 #pragma GCC unroll 4

@@ -5,6 +5,7 @@
 
 #include "cpu/kernels.h"
 #include "cpu/key_row.h"
+#include "cpu/products.h"
 #include "cpu/row_panel.h"
 
 #if !defined(FA_ROWS_AHEAD)  // 1: the level's processors multiply as fast while they fetch
@@ -13,11 +14,6 @@
 
 namespace flash_attn::cpu::FA_LEVEL {
 namespace {
-
-struct NoRowsAhead {
-  FA_INLINE void ask() {}
-  void add_mask(const MaskTensor&, const Unit&, const RowPanel&, KeyRange) {}
-};
 
 class SomeRowsAhead {
  public:
@@ -40,7 +36,13 @@ class SomeRowsAhead {
         (keys.end - keys.begin) * size_of(mask.dtype), (panel.rows + unit.group - 1) / unit.group);
   }
 
-  // One line, or nothing when all were asked for.
+  // Two lines, or nothing when all were asked for.
+  FA_INLINE void step() {
+    ask();
+    ask();
+  }
+
+ private:
   FA_INLINE void ask() {
     if (spans_ == 0) return;
     Span& span = span_[spans_ - 1];
@@ -52,7 +54,6 @@ class SomeRowsAhead {
     if (--span.rows == 0) --spans_;
   }
 
- private:
   struct Span {
     const char* row;
     std::int64_t stride;  // bytes, as those of a row
@@ -102,8 +103,9 @@ class SomeRowsAhead {
 #if FA_ROWS_AHEAD
 using RowsAhead = SomeRowsAhead;
 #else
-struct RowsAhead : NoRowsAhead {
+struct RowsAhead : NothingBeside {
   RowsAhead(const AttentionProblem&, const AttentionInputs&, const Foreseen&) {}
+  void add_mask(const MaskTensor&, const Unit&, const RowPanel&, KeyRange) {}
 };
 #endif
 

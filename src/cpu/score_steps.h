@@ -137,13 +137,18 @@ class ScoreSteps {
   ScoreSteps(const AttentionProblem& problem, const AttentionInputs& inputs) {
     if (problem.softcap > 0) add(softcap_step);
     if (inputs.alibi_slopes) add(alibi_step);
+    const int before = count_;
     if (inputs.attn_mask.data) add(attn_mask_step);
     changes_ = count_ > 0;
     if (problem.page_size > 0) add(missing_page_step);
+    suit_few_keys_ = count_ == before;
   }
 
   // Steps that need the scores themselves, and not some multiple of them.
   bool change_scores() const { return changes_; }
+
+  // Whether a few keys at a time cost no more than many, and none of them is hidden.
+  bool suit_few_keys() const { return suit_few_keys_; }
 
   void apply(const ScoreContext& context, const RowPanel& panel, const ScoreTile& tile) const {
     for (int i = 0; i < count_; ++i) steps_[i](context, panel, tile);
@@ -166,6 +171,7 @@ class ScoreSteps {
   Step steps_[4] = {};
   int count_ = 0;
   bool changes_ = false;
+  bool suit_few_keys_ = true;
 };
 
 // Calls visit(key, v, keep) for every vector of the tile; `keep` is a lane mask. Not a step on scores: dropout acts on

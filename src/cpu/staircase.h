@@ -48,29 +48,47 @@ struct Staircase {
   }
 };
 
-// S^T [keys][stride] = scale K [keys][dim words] Q^T [dim words][N vectors], of a panel whose first row is `first_row` of the
-// staircase. 0 where a tile leaves vectors out: what none of their rows sees is masked after.
-template <class Operand, int N, class Ahead = NoRowsAhead>
-inline void staircase_scores(const float* k, int dim_words, const float* q_transposed, int keys, float scale,
-                             const Staircase& steps, float* scores, std::int64_t stride, int first_row = 0,
-                             Ahead&& ahead = {}) {
-  constexpr int M = score_keys<N>;
-  for (int key = 0; key < keys; key += M) {
+// visit(key, first, W as a constant) for M keys at a time of a range: vectors [first, first + W) of a panel's N have rows that
+// see some of them. The panel's first row is `first_row` of the staircase.
+template <int M, int N, class Visit>
+FA_INLINE void for_each_seen_tile(KeyRange keys, const Staircase& steps, int first_row, const Visit& visit) {
+  for (int key = keys.begin; key < keys.end; key += M) {
     const RowSpan rows = steps.rows_of_keys(key, M, {first_row, first_row + N * lanes});
     const int first = (rows.begin - first_row) / lanes;
     const int count = (rows.end - first_row + lanes - 1) / lanes - first;
-    float* tile = scores + key * stride;
-    unroll<N>([&](auto fewer) {
-      constexpr int W = N - fewer;
-      if (count != W) return;
-      score_tile<Operand, M, W>(k + std::int64_t{key} * dim_words, dim_words, q_transposed + first * lanes, N * lanes, scale,
-                                tile + first * lanes, stride, ahead);
+    unroll<N + 1>([&](auto fewer) {
+      if (count == N - fewer) visit(key, first, Constant<N - fewer>{});
     });
-    for (int n = 0; n < N; ++n) {
-      if (n >= first && n < first + count) continue;
-      for (int m = 0; m < M; ++m) store(tile + m * stride + n * lanes, Vec{});
-    }
   }
+}
+
+// Rows [M][stride] of N vectors, but for [first, first + count).
+template <int M, int N>
+FA_INLINE void clear_unseen(float* tile, std::int64_t stride, int first, int count) {
+  if (count == N) return;
+  for (int n = 0; n < N; ++n) {
+    if (n >= first && n < first + count) continue;
+    for (int m = 0; m < M; ++m) store(tile + m * stride + n * lanes, Vec{});
+  }
+}
+
+// S^T [keys][stride] = scale K [keys][dim words] Q^T [dim words][N vectors] of a range of keys, for a panel whose first row is
+// `first_row` of the staircase. 0 where a tile leaves vectors out: what none of their rows sees is masked after.
+template <class Operand, int N, class Beside = NothingBeside>
+inline void staircase_scores(const float* k, int dim_words, const float* q_transposed, KeyRange keys, float scale,
+                             const Staircase& steps, float* scores, std::int64_t stride, int first_row = 0,
+                             Beside&& beside = {}) {
+  constexpr int M = score_keys<N>;
+  // Out of line, so that the loop of a tile has all registers.
+  const auto visit = [&](int key, int first, auto count) __attribute__((noinline)) {
+    float* tile = scores + key * stride;
+    if constexpr (count > 0) {
+      score_tile<Operand, M, count>(k + std::int64_t{key} * dim_words, dim_words, q_transposed + first * lanes, N * lanes,
+                                    scale, tile + first * lanes, stride, beside);
+    }
+    clear_unseen<M, N>(tile, stride, first, count);
+  };
+  for_each_seen_tile<M, N>(keys, steps, first_row, visit);
 }
 
 }  // namespace

@@ -12,6 +12,10 @@
 #define FA_VECTOR_REGISTERS 16
 #endif
 
+#if !defined(FA_SOFTMAX_BESIDE)  // 1: the level's processors add and shuffle in units beside their multipliers
+#define FA_SOFTMAX_BESIDE 0
+#endif
+
 #if defined(__AVX2__)
 #include <immintrin.h>
 #endif
@@ -86,6 +90,17 @@ FA_INLINE IVec bits_of(Vec x) { return reinterpret_cast<IVec>(x); }
 FA_INLINE Vec from_bits(IVec x) { return reinterpret_cast<Vec>(x); }
 FA_INLINE Vec to_float(IVec x) { return __builtin_convertvector(x, Vec); }
 FA_INLINE IVec is_finite(Vec x) { return (bits_of(x) & 0x7f800000) != 0x7f800000; }
+FA_INLINE bool any_of(IVec mask) {
+#if defined(__AVX512DQ__) && FA_VECTOR_BYTES == 64
+  return _mm512_movepi32_mask(reinterpret_cast<__m512i>(mask)) != 0;
+#elif defined(__AVX2__) && FA_VECTOR_BYTES == 32
+  return _mm256_movemask_ps(reinterpret_cast<__m256>(mask)) != 0;
+#else
+  std::int32_t any = 0;
+  for (int lane = 0; lane < lanes; ++lane) any |= mask[lane];
+  return any != 0;
+#endif
+}
 FA_INLINE Vec abs_of(Vec x) { return from_bits(bits_of(x) & 0x7fffffff); }
 
 // a > b ? a : b, so b where either is NaN: write the operand whose NaN must survive second.
@@ -247,6 +262,9 @@ FA_INLINE void visit_columns(const float* const (&rows)[lanes], int columns, Vis
 // Tile shapes. Scores: `panel_vectors` vectors of query rows by score_keys<N> keys. Products with V, dO, Q, K: dim_vectors
 // vectors of head dims by value_rows<N> rows.
 constexpr bool many_registers = FA_VECTOR_REGISTERS >= 32;
+// P is computed beside products.
+constexpr bool softmax_beside = FA_SOFTMAX_BESIDE;
+static_assert(!softmax_beside || many_registers, "a register tile would leave no registers");
 constexpr int panel_vectors = 3;
 constexpr int panel_rows = panel_vectors * lanes;
 constexpr int dim_vectors = 2;

@@ -15,19 +15,36 @@ FA_INLINE Vec polynomial(Vec x, float highest, Coefficients... rest) {
   return p;
 }
 
-// 2^x for x <= 0 and a little above; exactly 0 below -127, NaN stays NaN. Minimax polynomials of degree 5 that are 1 at 0.
+// 2^(i / 32).
+struct RootsOf2 {
+  float value[32] = {};
+  constexpr RootsOf2() {
+    double root = 1.0;
+    for (float& x : value) {
+      x = static_cast<float>(root);
+      root *= 1.0218971486541166;
+    }
+  }
+};
+alignas(64) constexpr RootsOf2 roots_of_2;
+
+// 2^x for x <= 0 and a little above; exactly 0 below -127, NaN stays NaN. Where softmax_beside, for any x: inf from 128 on.
 FA_INLINE Vec exp2_of(Vec x) {
 #if defined(__AVX512DQ__) && FA_VECTOR_BYTES == 64
-  // 8e-8 relative: x is floor(x) and a fraction. Below -126 the result would be subnormal.
+  // 1.8e-7 relative: x is a multiple of 1 / 32 below it and a rest, whose polynomial is 1 at 0 and within 6.6e-8. Below -126
+  // the result would be subnormal.
   constexpr int below = _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC;
+  constexpr float round_to_32nds = 393216.0f;  // 1.5 * 2^18: adding it leaves them in the low bits
   const __mmask16 is_normal = _mm512_cmp_ps_mask(x, splat(-126.0f), _CMP_NLT_UQ);
-  const Vec f = _mm512_reduce_ps(x, below);
-  const Vec p = polynomial(f, 0.001867130212f, 0.009017029963f, 0.05579991343f, 0.24016445f, 0.6931513118f, 1.0f);
-  return _mm512_maskz_scalef_ps(is_normal, p, x);
+  const __m512i place = _mm512_castps_si512(_mm512_add_round_ps(x, splat(round_to_32nds), below));
+  const Vec root = _mm512_permutex2var_ps(load(roots_of_2.value), place, load(roots_of_2.value + lanes));
+  const Vec r = _mm512_reduce_ps(x, 5 << 4 | below);
+  return _mm512_maskz_scalef_ps(is_normal, root + root * r * polynomial(r, 0.2426556874f, 0.6931236540f), x);
 #else
   // 1.7e-7 relative: x is the nearest integer and a rest.
   constexpr float round_to_integer = 12582912.0f;  // 1.5 * 2^23: adding it leaves the integer in the low mantissa bits
   x = larger_of(splat(-127.0f), x);
+  if constexpr (softmax_beside) x = smaller_of(splat(128.0f), x);
   const Vec shifted = x + round_to_integer;
   const Vec f = x - (shifted - round_to_integer);
   const Vec p = polynomial(f, 0.001326472391f, 0.00967151287f, 0.05550733754f, 0.2402224208f, 0.6931469776f, 1.0f);

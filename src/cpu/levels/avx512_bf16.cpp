@@ -4,6 +4,7 @@
 #define FA_VECTOR_REGISTERS 32
 #define FA_BFLOAT16_DOT 1
 #define FA_ROWS_AHEAD 1
+#define FA_SOFTMAX_BESIDE 1
 #define FA_TWO_STREAMS 1
 
 #include "cpu/level.h"
