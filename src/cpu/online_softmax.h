@@ -30,13 +30,17 @@ constexpr float most_above_m = 8.0f;
 // Raises m where a score is farther above, and l with it; rescale(factors [N vectors]) does so with what else was summed up.
 template <int N, class Rescale>
 inline void raise_m(const Vec (&largest)[N], float most_above, SoftmaxState& state, Rescale rescale) {
-  IVec is_far = {};
-  for (int n = 0; n < N; ++n) is_far |= largest[n] > load(state.m + n * lanes) + most_above;
-  if (!any_of(is_far)) return;
+  IVec is_far[N];
+  IVec any_far = {};
+  for (int n = 0; n < N; ++n) {
+    is_far[n] = largest[n] > load(state.m + n * lanes) + most_above;
+    any_far |= is_far[n];
+  }
+  if (!any_of(any_far)) return;
   alignas(64) float factors[N * lanes];
   for (int n = 0; n < N; ++n) {
     const Vec m = load(state.m + n * lanes);
-    const Vec raised = larger_of(largest[n], m);
+    const Vec raised = select(is_far[n], largest[n], m);
     const Vec factor = exp2_of(m - raised);
     store(factors + n * lanes, factor);
     store(state.m + n * lanes, raised);

@@ -136,8 +136,8 @@ class ScoreSteps {
  public:
   ScoreSteps(const AttentionProblem& problem, const AttentionInputs& inputs) {
     if (problem.softcap > 0) add(softcap_step);
-    if (inputs.alibi_slopes) add(alibi_step);
     const int before = count_;
+    if (inputs.alibi_slopes) add(alibi_step);
     if (inputs.attn_mask.data) add(attn_mask_step);
     changes_ = count_ > 0;
     if (problem.page_size > 0) add(missing_page_step);
@@ -147,7 +147,8 @@ class ScoreSteps {
   // Steps that need the scores themselves, and not some multiple of them.
   bool change_scores() const { return changes_; }
 
-  // Whether a few keys at a time cost no more than many, and none of them is hidden.
+  // Whether a few keys at a time cost no more than many: rows of a mask are turned many at once, ALiBi raises scores from key
+  // to key, so that few would often be far above those before them. And whether none is hidden.
   bool suit_few_keys() const { return suit_few_keys_; }
 
   void apply(const ScoreContext& context, const RowPanel& panel, const ScoreTile& tile) const {
