@@ -119,7 +119,10 @@ class BlockScores {
     const int unknown = rows_.o ? 0 : M;
     const int begin = round_up(max_of(panel_.all.begin - tile_.key_begin, unknown), M);
     const int end = min_of(panel_.all.end - tile_.key_begin, tile_.keys);
-    return begin + M <= end ? KeyRange{begin, begin + (end - begin) / M * M} : KeyRange{0, 0};
+    const KeyRange whole = {begin, begin + (end - begin) / M * M};
+    const bool are_plain =
+        begin + M <= end && steps_.show_all(context_, {tile_.key_begin + whole.begin, tile_.key_begin + whole.end});
+    return are_plain ? whole : KeyRange{0, 0};
   }
 
   void score_beside(KeyRange keys, RowsAhead& ahead) {
@@ -133,7 +136,7 @@ class BlockScores {
                                             are_scaled ? context_.scale.query : 1.0f, tile.scores, before, state_, ahead)) {
         score_first({key - M, key}, ahead);
       }
-      steps_.apply(context_, panel_, tile);
+      steps_.change(context_, panel_, tile);
       before = {tile.scores, &scale_left, state_};
     }
     if (!before.finish(state_)) score_first({keys.end - M, keys.end}, ahead);

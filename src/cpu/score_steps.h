@@ -109,6 +109,13 @@ inline void attn_mask_step(const ScoreContext& context, const RowPanel& panel, c
   }
 }
 
+inline bool pages_exist(const ScoreContext& context, KeyRange keys) {
+  bool exist = true;
+  for_each_stretch(*context.problem, *context.inputs, context.unit->sequence, context.unit->batch, keys,
+                   [&](std::int32_t, std::int32_t, KeySlot slot) { exist &= slot.exists(); });
+  return exist;
+}
+
 // Keys whose page does not exist.
 inline void missing_page_step(const ScoreContext& context, const RowPanel& panel, const ScoreTile& tile) {
   const KeyRange keys = {max_of(panel.some.begin, tile.key_begin), min_of(panel.some.end, tile.key_begin + tile.keys)};
@@ -139,20 +146,28 @@ class ScoreSteps {
     const int before = count_;
     if (inputs.alibi_slopes) add(alibi_step);
     if (inputs.attn_mask.data) add(attn_mask_step);
-    changes_ = count_ > 0;
-    if (problem.page_size > 0) add(missing_page_step);
     suit_few_keys_ = count_ == before;
+    has_pages_ = problem.page_size > 0;
   }
 
   // Steps that need the scores themselves, and not some multiple of them.
-  bool change_scores() const { return changes_; }
+  bool change_scores() const { return count_ > 0; }
 
   // Whether a few keys at a time cost no more than many: rows of a mask are turned many at once, ALiBi raises scores from key
-  // to key, so that few would often be far above those before them. And whether none is hidden.
+  // to key, so that few would often be far above those before them.
   bool suit_few_keys() const { return suit_few_keys_; }
 
-  void apply(const ScoreContext& context, const RowPanel& panel, const ScoreTile& tile) const {
+  // Whether none of the keys is hidden by its page.
+  bool show_all(const ScoreContext& context, KeyRange keys) const { return !has_pages_ || pages_exist(context, keys); }
+
+  // Of keys that all rows see.
+  void change(const ScoreContext& context, const RowPanel& panel, const ScoreTile& tile) const {
     for (int i = 0; i < count_; ++i) steps_[i](context, panel, tile);
+  }
+
+  void apply(const ScoreContext& context, const RowPanel& panel, const ScoreTile& tile) const {
+    change(context, panel, tile);
+    if (has_pages_) missing_page_step(context, panel, tile);
     // Only the two ends of a tile can hold keys that some row does not see.
     const std::int32_t tile_end = tile.key_begin + tile.keys;
     hide(context, panel, tile, tile.key_begin, min_of(panel.all.begin, tile_end));
@@ -169,9 +184,9 @@ class ScoreSteps {
     visibility_step(context, panel, {tile.scores + (begin - tile.key_begin) * tile.stride, tile.stride, end - begin, begin});
   }
 
-  Step steps_[4] = {};
+  Step steps_[3] = {};
   int count_ = 0;
-  bool changes_ = false;
+  bool has_pages_ = false;
   bool suit_few_keys_ = true;
 };
 
