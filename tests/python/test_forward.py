@@ -12,6 +12,7 @@ from support import (
     ROUNDING,
     assert_as_precise,
     assert_close,
+    check,
     expected,
     name_of,
     normal,
@@ -142,3 +143,27 @@ def test_broadcast_inputs_are_read_with_stride_zero(rng):
     want = mx.repeat(flash_attn_func(**arguments), 3, axis=0)
     views = {name: mx.broadcast_to(x, (3, *x.shape[1:])) for name, x in arguments.items()}
     assert mx.array_equal(flash_attn_func(**views), want)
+
+
+# What the score of a key is more than that of the one before it, by position: the running maximum follows, or may stay.
+RISES = {
+    "slowly": lambda key: 0.05,
+    "much from key to key": lambda key: 1.0 * (key < 60),
+    "and fall": lambda key: -1.0 * (key < 60),
+    "once, by more than float32 has room for": lambda key: 100.0 * (key == 75),
+    "often": lambda key: 12.0 * (key % 40 == 13),
+    "up and down": lambda key: 30.0 * (-1) ** (key // 20) * (key % 20 == 0),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@pytest.mark.parametrize("softcap", [0.0, 50.0], ids=["", "softcap"])
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+@pytest.mark.parametrize("rise", RISES.values(), ids=RISES)
+def test_scores_rise_from_key_to_key(rng, rise, causal, softcap, dtype):
+    arguments = qkv(rng, 1, 150, 200, 2, 1, 40, dtype=dtype)
+    q, k = np.array(arguments["q"].astype(mx.float32)), np.array(arguments["k"].astype(mx.float32))
+    q[..., 0] = 1.0
+    k[..., 0] = np.cumsum([rise(key) for key in range(k.shape[1])])[None, :, None]
+    arguments |= {"q": mx.array(q).astype(dtype), "k": mx.array(k).astype(dtype)}
+    check(arguments | {"softmax_scale": 1.0, "causal": causal, "softcap": softcap}, rng)
