@@ -2,8 +2,8 @@
 //
 //   for a few keys at a time:  S = K Q^T of these keys  |  P = 2^(S - m) of the keys before them
 //
-// Side by side, since the one keeps the multipliers busy and the other mostly what lies beside them. Where some are
-// masked, S of all comes first.
+// Side by side, since the one keeps the multipliers busy and the other mostly what lies beside them. Of keys that a row does
+// not see, and where steps on scores want many at a time, S comes first.
 #pragma once
 
 #include "cpu/forward_products.h"
@@ -18,7 +18,7 @@ constexpr float largest_sum = 4096.0f;
 template <int M, int N>
 class TileSoftmax {
  public:
-  static_assert(largest_sum > M * 256.0f);
+  static_assert(most_above_m == 8.0f && largest_sum > M * 256.0f);
 
   // Null: no scores.
   TileSoftmax(float* scores, const float* scale, const SoftmaxState& state)

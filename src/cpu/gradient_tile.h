@@ -40,7 +40,8 @@ inline void gradient_tile(const BackwardPass& pass, const RowPanel& panel, const
   }
 }
 
-// P of M keys by N vectors of rows, in place of S, a key a step.
+// P of M keys by N vectors of rows, in place of S, a key a step. As forward's TileSoftmax takes its steps; one class for both
+// has the same bits, but bfloat16's backward took 2 to 4 % longer.
 template <int M, int N>
 class TileProbabilities {
  public:

@@ -160,7 +160,7 @@ class ScoreSteps {
   // Whether none of the keys is hidden by its page.
   bool show_all(const ScoreContext& context, KeyRange keys) const { return !has_pages_ || pages_exist(context, keys); }
 
-  // Of keys that all rows see.
+  // Without hiding any key.
   void change(const ScoreContext& context, const RowPanel& panel, const ScoreTile& tile) const {
     for (int i = 0; i < count_; ++i) steps_[i](context, panel, tile);
   }
