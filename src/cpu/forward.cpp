@@ -51,20 +51,14 @@ std::vector<Unit> dealt_out(const std::vector<Unit>& units, int heads, int threa
 
 std::int32_t rows_of_task(const Kernels& level) { return panels_per_task * level.panel_rows; }
 
-// Units whose rows are one task: it packs the keys it reads itself, in cache, since no other reads them. Runs of keys feed the
-// threads instead.
-void forward_short_units(const Kernels& level, const ForwardPass& pass, int threads, const std::vector<Unit>& units) {
+// Few rows over many keys: each run of keys is packed by the thread that reads it, since no other does.
+void forward_divided_units(const Kernels& level, const ForwardPass& pass, int threads, const std::vector<Unit>& units) {
   if (units.empty()) return;
   const KeyRuns runs(level, *pass.problem, units, pass.key_block);
   const std::int64_t scratch_size = (level.forward_scratch_size(pass) + 15) / 16 * 16;
   const Buffer scratch = allocate(scratch_size * threads);
   runs.for_each(threads, [&](const KeyRun& run, int slot) {
-    Foreseen next;
-    if (run.unit - units.data() + threads < static_cast<std::ptrdiff_t>(units.size())) {
-      const Unit& unit = run.unit[threads];
-      next = {&unit, unit.visible_keys(), {0, unit.packed_rows()}};
-    }
-    level.forward_rows(pass, {run.unit, nullptr, 0, run.unit->packed_rows(), run.keys, run.is_first, run.partial, next},
+    level.forward_rows(pass, {run.unit, nullptr, nullptr, 0, run.unit->packed_rows(), run.keys, run.is_first, run.partial, {}},
                        scratch.get() + slot * scratch_size);
   });
   runs.combine({pass.problem, pass.inputs, pass.outputs}, threads);
@@ -75,18 +69,21 @@ void forward_short_units(const Kernels& level, const ForwardPass& pass, int thre
 void forward(const AttentionProblem& problem, const AttentionInputs& inputs, const ForwardOutputs& outputs) {
   const Kernels& level = kernels();
   const std::vector<Sequence> sequences = sequences_of(problem, inputs);
-  const auto is_short = [&](const Unit& unit) { return unit.packed_rows() <= rows_of_task(level); };
   std::vector<Unit> units = units_of(problem, sequences);
-  std::erase_if(units, [&](const Unit& unit) { return suits_decode(problem, inputs, unit.sequence); });
+  std::erase_if(units,
+                [&](const Unit& unit) { return unit.packed_rows() == 0 || suits_decode(problem, inputs, unit.sequence); });
   const std::int32_t key_block = forward_key_block(level, problem);
   const ForwardPass pass = {&problem, &inputs, &outputs, key_block, level.packed_block_size(problem, key_block)};
   const int threads = thread_count();
   clear_unused_rows(problem, sequences, outputs);
   decode_sequences(level, {&problem, &inputs, &outputs}, threads, sequences);
-  std::vector<Unit> short_units;
-  std::copy_if(units.begin(), units.end(), std::back_inserter(short_units), is_short);
-  forward_short_units(level, pass, threads, dealt_out(short_units, problem.heads_k, threads));
-  std::erase_if(units, is_short);
+  const auto is_divided = [&](const Unit& unit) {
+    return unit.packed_rows() <= rows_of_task(level) && are_keys_divided(problem, unit, key_block);
+  };
+  std::vector<Unit> divided;
+  std::copy_if(units.begin(), units.end(), std::back_inserter(divided), is_divided);
+  forward_divided_units(level, pass, threads, dealt_out(divided, problem.heads_k, threads));
+  std::erase_if(units, is_divided);
 
   forward_packed_units(level, pass, threads, dealt_out(units, problem.heads_k, threads));
 }

@@ -9,12 +9,12 @@
 //   O = O / l;  lse = ln 2 (m + log2 l)
 #pragma once
 
+#include <new>
+
 #include "cpu/forward_scores.h"
 
 namespace flash_attn::cpu::FA_LEVEL {
 namespace {
-
-constexpr int task_panels = 4;  // panels of rows that share a key block while it is in cache
 
 // The most keys of a score tile. Key blocks are a multiple of this, and so many keys past the end may be computed, whose scores
 // are ignored.
@@ -57,6 +57,36 @@ inline void pack_keys_values(const ForwardPass& pass, const Unit& unit, std::int
                              packed + packed_keys_size(problem, pass.key_block));
 }
 
+// The floats of blocks[0], which is the unit's block `index`, packed by whoever gets to it first. While another thread is at
+// work on it, those of blocks up to `end` are packed.
+template <class Operand>
+inline const float* packed_block(const ForwardPass& pass, const Unit& unit, std::int32_t index, std::int32_t end,
+                                 PackedBlock* blocks) {
+  for (std::int32_t i = 0; index + i < end && state_of(blocks[0]) != PackedBlock::filled; ++i) {
+    if (!begin_filling(blocks[i])) continue;
+    pack_keys_values<Operand>(pass, unit, index + i, blocks[i].floats);
+    end_filling(blocks[i]);
+  }
+  wait_until_filled(blocks[0]);
+  return blocks[0].floats;
+}
+
+// Begins to fill the block that comes next. Null: there is nothing to end.
+template <class Operand>
+inline PackedBlock* begin_next_block(const ForwardPass& pass, const Unit& unit, std::int32_t index, PackedBlock& block,
+                                     PackAhead<Operand>& ahead) {
+  const AttentionProblem& problem = *pass.problem;
+  const KeyBlock keys = {index * pass.key_block, pass.key_block};
+  if (state_of(block) != PackedBlock::empty) return nullptr;
+  if (!PackAhead<Operand>::can_copy(problem, *pass.inputs, unit, keys)) {
+    ahead.ask_for_block(problem, *pass.inputs, unit, keys);
+    return nullptr;
+  }
+  if (!begin_filling(block)) return nullptr;
+  ahead.copy_block(problem, *pass.inputs, unit, keys, {block.floats, block.floats + packed_keys_size(problem, pass.key_block)});
+  return &block;
+}
+
 // ---- a panel of rows
 
 struct PanelState {
@@ -68,6 +98,7 @@ struct PanelState {
   bool is_finished;  // the result is written
 };
 
+template <class Operand>
 struct BlockContext {
   const ForwardPass* pass;
   const ForwardTask* task;
@@ -77,11 +108,11 @@ struct BlockContext {
   const ScoreSteps* steps;
   float* tile;             // S, then P
   float* transposed_tile;  // of the same size
-  RowsAhead* ahead;
+  PackAhead<Operand>* ahead;
 };
 
 template <class Operand, int N>
-inline void attend(const BlockContext& block, const RowPanel& panel, PanelState& state) {
+inline void attend(const BlockContext<Operand>& block, const RowPanel& panel, PanelState& state) {
   const AttentionProblem& problem = *block.pass->problem;
   // From a whole word or tile on; a key before the first visible one is masked.
   const int begin = max_of(panel.some.begin - block.key_begin, 0) / depth_granule<Operand> * depth_granule<Operand>;
@@ -121,12 +152,30 @@ inline void attend(const BlockContext& block, const RowPanel& panel, PanelState&
 
 // ---- a task
 
+// Q^T of a panel, whose first row is the task's row `first`.
+template <class Operand>
+inline void pack_queries(const ForwardPass& pass, const ForwardTask& task, const RowPanel& panel, int first, float* packed) {
+  const AttentionProblem& problem = *pass.problem;
+  const AttentionInputs& inputs = *pass.inputs;
+  const int dim_words = words<Operand>(problem.scored_dims());
+  const PackedRows* copies = task.queries;
+  if (copies && copies->unit == task.unit && copies->row_begin == task.row_begin) {
+    return pack_transposed(panel, dim_words, packed, [&](int lane, float*) {
+      return copies->floats + (first + min_of(lane, panel.rows - 1)) * std::int64_t{dim_words};
+    });
+  }
+  fetch_rows(inputs.q, *task.unit, panel, problem.head_dim);
+  pack_transposed(panel, dim_words, packed, [&](int lane, float* row) {
+    return view_query_words<Operand>(inputs, problem, *task.unit, panel, lane, row);
+  });
+}
+
 inline std::int64_t forward_scratch_size(const ForwardPass& pass) {
   const std::int64_t dim = row_floats(pass.problem->scored_dims());
   const std::int64_t dims_v = round_up(pass.problem->head_dim_v, dim_panel);
   const std::int64_t mask_rows = std::int64_t{lanes} * round_up(pass.key_block, lanes);
   const std::int64_t tile = std::int64_t{pass.key_block + forward_key_tile} * panel_rows;
-  return mask_rows + 2 * tile + task_panels * panel_rows * (dim + dims_v) + pass.packed_block_size;
+  return mask_rows + 2 * tile + task_panels * panel_rows * (dim + dims_v) + 2 * pass.packed_block_size;
 }
 
 template <class Operand>
@@ -150,14 +199,11 @@ inline void forward_rows(const ForwardPass& pass, const ForwardTask& task, float
   int panel_count = 0;
   KeyRange some = {highest_int, lowest_int};
   for (int row = task.row_begin; row < task.row_end; row += panel_rows, ++panel_count) {
-    RowPanel& panel = panels[panel_count];
+    const RowPanel& panel = *new (panels + panel_count) RowPanel(problem, inputs, unit, row, task.row_end);
     PanelState& state = states[panel_count];
-    panel = RowPanel(problem, inputs, unit, row, task.row_end);
-    fetch_rows(inputs.q, unit, panel, problem.head_dim);
     state.q_transposed = take(std::int64_t{panel_rows} * row_floats(problem.scored_dims()));
     state.o = take(std::int64_t{panel_rows} * dims_v);
-    pack_transposed(panel, words<Operand>(problem.scored_dims()), state.q_transposed,
-                    [&](int lane, float* row) { return view_query_words<Operand>(inputs, problem, unit, panel, lane, row); });
+    pack_queries<Operand>(pass, task, panel, row - task.row_begin, state.q_transposed);
     start_softmax(panel, task.is_first ? inputs.learnable_sink : nullptr, state.softmax);
     state.first_row = row;
     state.is_empty = true;
@@ -165,20 +211,34 @@ inline void forward_rows(const ForwardPass& pass, const ForwardTask& task, float
     some = {min_of(some.begin, panel.some.begin), max_of(some.end, panel.some.end)};
   }
 
-  RowsAhead ahead(problem, inputs, task.next);
+  PackAhead<Operand> ahead;
+  const auto& next_rows = task.next.rows;
+  const bool copies_rows =
+      next_rows.unit && ahead.add_rows(problem, inputs, *next_rows.unit, next_rows.range, next_rows.packed->floats);
   some = {max_of(some.begin, task.keys.begin), min_of(some.end, task.keys.end)};
-  float* own_block = take(pass.packed_block_size);
-  for (std::int32_t block = some.begin / pass.key_block; some.begin < some.end && block * pass.key_block < some.end; ++block) {
-    if (!task.packed) pack_keys_values<Operand>(pass, unit, block, own_block);
-    const BlockContext context = {&pass,
-                                  &task,
-                                  task.packed ? task.packed + block * pass.packed_block_size : own_block,
-                                  block * pass.key_block,
-                                  {&problem, &inputs, &unit, scale, mask_rows, round_up(pass.key_block, lanes), nullptr},
-                                  &steps,
-                                  tile,
-                                  transposed_tile,
-                                  &ahead};
+  const std::int32_t block_begin = some.begin < some.end ? some.begin / pass.key_block : 0;
+  const std::int32_t block_end = some.begin < some.end ? (some.end - 1) / pass.key_block + 1 : 0;
+  PackedBlock own_blocks[2] = {{take(pass.packed_block_size)}, {take(pass.packed_block_size)}};
+  const auto place_of = [&](std::int32_t block) { return task.blocks ? task.blocks + block : own_blocks + block % 2; };
+  for (std::int32_t block = block_begin; block < block_end; ++block) {
+    const float* packed = packed_block<Operand>(pass, unit, block, task.blocks ? block_end : block + 1, place_of(block));
+    PackedBlock* filling = nullptr;
+    if (block + 1 < block_end) {
+      if (!task.blocks) place_of(block + 1)->state = PackedBlock::empty;  // the block before is done with
+      filling = begin_next_block<Operand>(pass, unit, block + 1, *place_of(block + 1), ahead);
+    } else if (const auto& after = task.next.block; after.unit) {
+      filling = begin_next_block<Operand>(pass, *after.unit, after.index, *after.packed, ahead);
+    }
+    const BlockContext<Operand> context = {
+        &pass,
+        &task,
+        packed,
+        block * pass.key_block,
+        {&problem, &inputs, &unit, scale, mask_rows, round_up(pass.key_block, lanes), nullptr},
+        &steps,
+        tile,
+        transposed_tile,
+        &ahead};
     for (int i = 0; i < panel_count; ++i) {
       switch (panels[i].vectors) {
         case 1:
@@ -192,8 +252,17 @@ inline void forward_rows(const ForwardPass& pass, const ForwardTask& task, float
           break;
       }
     }
+    if (filling) {
+      ahead.finish_block();
+      end_filling(*filling);
+    }
   }
   streams_end();
+  if (copies_rows) {
+    ahead.finish_rows();
+    next_rows.packed->unit = next_rows.unit;
+    next_rows.packed->row_begin = next_rows.range.begin;
+  }
   for (int i = 0; i < panel_count; ++i) {
     const PanelState& state = states[i];
     if (state.is_finished) continue;

@@ -3,8 +3,7 @@
 
 #include "cpu/matrix_tiles.h"
 #include "cpu/online_softmax.h"
-#include "cpu/row_words.h"
-#include "cpu/rows_ahead.h"
+#include "cpu/pack_ahead.h"
 #include "cpu/staircase.h"
 
 namespace flash_attn::cpu::FA_LEVEL {
@@ -20,7 +19,7 @@ struct RowsOfO {
 // O [rows][dims] += P^T [key words][rows] V [dim panels][key words][dim_panel].
 template <class Operand, int N>
 inline void value_product(const float* p, const float* v, std::int64_t v_panel_stride, int panels_v, const Staircase& steps,
-                          const RowsOfO& o, RowsAhead& ahead) {
+                          const RowsOfO& o, PackAhead<Operand>& ahead) {
   constexpr int M = value_rows<N>;
   static_assert(N * lanes % M == 0, "a tile would reach past the panel");
   const int dims = panels_v * dim_panel;
@@ -65,14 +64,14 @@ struct ForwardProducts {
   // be of keys past the end.
   template <int N>
   static FA_INLINE void scores(const float* k, int dim_words, const float* q_transposed, KeyRange keys, float scale,
-                               const Staircase& steps, float* scores, std::int64_t stride, RowsAhead& ahead) {
+                               const Staircase& steps, float* scores, std::int64_t stride, PackAhead<Operand>& ahead) {
     staircase_scores<Operand, N>(k, dim_words, q_transposed, keys, scale, steps, scores, stride, 0, ahead);
   }
 
   // O [rows][dims] += P V, P [keys][N vectors] of which `keys` count, V [dim panels][key words][dim_panel]; P is lost.
   template <int N>
   static FA_INLINE void values(float* p, int keys, const float* v, std::int64_t v_panel_stride, int panels_v,
-                               const Staircase& steps, const RowsOfO& o, float*, RowsAhead& ahead) {
+                               const Staircase& steps, const RowsOfO& o, float*, PackAhead<Operand>& ahead) {
     const float* words_of_p = pack_along_keys<Operand>(p, N * lanes, keys, p);
     value_product<Operand, N>(words_of_p, v, v_panel_stride, panels_v, steps, o, ahead);
   }
@@ -107,7 +106,7 @@ struct ForwardProducts<MatrixOperand> {
 
   template <int N>
   static inline void scores(const float* k, int dim_words, const float* q_transposed, KeyRange keys, float, const Staircase&,
-                            float* scores, std::int64_t stride, RowsAhead&) {
+                            float* scores, std::int64_t stride, PackAhead<MatrixOperand>&) {
     constexpr int M = 2;
     for (int key = keys.begin; key < keys.end; key += M * matrix_tile) {
       float* tile = scores + key * stride;
@@ -118,7 +117,7 @@ struct ForwardProducts<MatrixOperand> {
 
   template <int N>
   static inline void values(float* p, int keys, const float* v, std::int64_t v_panel_stride, int panels_v, const Staircase&,
-                            const RowsOfO& rows, float* scratch, RowsAhead&) {
+                            const RowsOfO& rows, float* scratch, PackAhead<MatrixOperand>&) {
     float* o = rows.sums;
     const int key_words = words<MatrixOperand>(keys);
     const std::int64_t dims = std::int64_t{panels_v} * dim_panel;

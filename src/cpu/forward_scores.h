@@ -65,11 +65,11 @@ class TileSoftmax {
 // The scores of a tile, and P of the one before. Out of line, so that its loop has all registers.
 template <class Operand, int M, int N>
 __attribute__((noinline)) bool score_tile_beside(const float* k, int dim_words, const float* q_transposed, float scale,
-                                                 float* scores, TileSoftmax<M, N> before, SoftmaxState& state,
-                                                 RowsAhead& ahead) {
+                                                 float* scores, TileSoftmax<M, N>& before, SoftmaxState& state,
+                                                 PackAhead<Operand>& ahead) {
   struct {
     TileSoftmax<M, N>& softmax;
-    RowsAhead& ahead;
+    PackAhead<Operand>& ahead;
     FA_INLINE void step() {
       ahead.step();
       softmax.step();
@@ -95,7 +95,7 @@ class BlockScores {
       : steps_(steps), context_(context), panel_(panel), staircase_(staircase), tile_(tile), state_(state), rows_(rows) {}
 
   // The tile becomes P, of K [keys][dim words] and Q^T [dim words][N vectors].
-  void compute(const float* k, int dim_words, const float* q_transposed, RowsAhead& ahead) {
+  void compute(const float* k, int dim_words, const float* q_transposed, PackAhead<Operand>& ahead) {
     k_ = k;
     dim_words_ = dim_words;
     q_transposed_ = q_transposed;
@@ -125,7 +125,7 @@ class BlockScores {
     return are_plain ? whole : KeyRange{0, 0};
   }
 
-  void score_beside(KeyRange keys, RowsAhead& ahead) {
+  void score_beside(KeyRange keys, PackAhead<Operand>& ahead) {
     // The softmax multiplies by the scale, unless a step comes before it.
     const bool are_scaled = steps_.change_scores();
     const float scale_left = are_scaled ? 1.0f : context_.scale.query;
@@ -143,7 +143,7 @@ class BlockScores {
   }
 
   // All scores of some keys, then their P.
-  __attribute__((noinline)) void score_first(KeyRange keys, RowsAhead& ahead) {
+  __attribute__((noinline)) void score_first(KeyRange keys, PackAhead<Operand>& ahead) {
     if (keys.begin >= keys.end) return;
     const ScoreTile tile = tile_of(keys);
     Products::template scores<N>(k_, dim_words_, q_transposed_, keys, context_.scale.query, staircase_, tile_.scores,

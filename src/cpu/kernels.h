@@ -5,13 +5,14 @@
 #include <cstdint>
 
 #include "cpu/attention.h"
+#include "cpu/packed_block.h"
 #include "cpu/read_ahead.h"
 #include "cpu/unit.h"
 
 namespace flash_attn::cpu {
 
-// K and V of a unit, packed one block of keys after the other: K [keys][head_dim], then V [dim panels][keys][panel], zero
-// where no query of the sequence looks.
+// K and V of a unit are packed in blocks of keys: K [keys][head_dim], then V [dim panels][keys][panel], zero where no query of
+// the sequence looks.
 struct ForwardPass {
   const AttentionProblem* problem;
   const AttentionInputs* inputs;
@@ -31,17 +32,25 @@ struct RowRange {
   std::int32_t end;
 };
 
-// What the thread of a task is likely to read after it.
+// What the thread of a task reads after it, to be packed while it multiplies.
 struct Foreseen {
-  const Unit* unit = nullptr;
-  KeyRange keys = {0, 0};
-  RowRange rows = {0, 0};  // packed rows
+  struct {
+    const Unit* unit = nullptr;  // null: none
+    std::int32_t index = 0;
+    PackedBlock* packed = nullptr;
+  } block;
+  struct {
+    const Unit* unit = nullptr;  // null: none
+    RowRange range = {0, 0};     // packed rows
+    PackedRows* packed = nullptr;
+  } rows;
 };
 
 struct ForwardTask {
   const Unit* unit;
-  const float* packed;     // the unit's blocks from key 0 on, those that nobody sees not filled; null: the task packs its own
-  std::int32_t row_begin;  // packed rows
+  PackedBlock* blocks;        // the unit's, from key 0 on; null: the task packs its own
+  const PackedRows* queries;  // may be of these rows
+  std::int32_t row_begin;     // packed rows
   std::int32_t row_end;
   KeyRange keys;  // from a whole block on
   bool is_first;  // of the unit's runs of keys

@@ -13,11 +13,6 @@ constexpr std::int64_t short_runs = 4;      // at most
 constexpr std::int64_t shortest_run = 128;  // keys
 constexpr std::int32_t max_runs = 256;
 
-// Reading an element of K or V, and multiplying it with every row: an eighth of a nanosecond, and a 64th a row.
-Nanoseconds work_of(const AttentionProblem& problem, const Unit& unit, std::int64_t keys) {
-  return keys * unit.kv_heads * (problem.head_dim + problem.head_dim_v) * (8 + unit.rows_of_head()) / 64;
-}
-
 std::vector<KeyRange> divide(const AttentionProblem& problem, const Unit& unit, std::int32_t granule) {
   const KeyRange seen = unit.visible_keys();
   const std::int32_t first_granule = seen.begin / granule;
@@ -38,6 +33,15 @@ std::vector<KeyRange> divide(const AttentionProblem& problem, const Unit& unit, 
 }
 
 }  // namespace
+
+Nanoseconds work_of(const AttentionProblem& problem, const Unit& unit, std::int64_t keys) {
+  // An element of K or V takes an eighth of a nanosecond, and a 64th a row.
+  return keys * unit.kv_heads * (problem.head_dim + problem.head_dim_v) * (8 + unit.rows_of_head()) / 64;
+}
+
+bool are_keys_divided(const AttentionProblem& problem, const Unit& unit, std::int32_t granule) {
+  return divide(problem, unit, granule).size() > 1;
+}
 
 KeyRuns::KeyRuns(const Kernels& level, const AttentionProblem& problem, const std::vector<Unit>& units, std::int32_t granule)
     : level_(level) {

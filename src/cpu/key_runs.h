@@ -17,6 +17,12 @@ struct KeyRun {
   Partial partial;
 };
 
+/// What reading so many keys and multiplying them with every row of the unit takes one thread, roughly.
+Nanoseconds work_of(const AttentionProblem& problem, const Unit& unit, std::int64_t keys);
+
+/// Whether a unit's keys are divided, at multiples of `granule`: there are many for a few rows, or num_splits asks for it.
+bool are_keys_divided(const AttentionProblem& problem, const Unit& unit, std::int32_t granule);
+
 /// The runs of some units, side by side in order of keys, and room for what they give.
 class KeyRuns {
  public:

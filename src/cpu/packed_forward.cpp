@@ -1,77 +1,84 @@
-// A thread takes a unit, packs its keys and computes its rows: packed keys are read by the core that wrote them, from its own
-// cache. A thread that finds no unit left helps with those under way.
+// A thread takes a unit and computes its rows. A block of keys is packed when it is first needed, or before, while the thread
+// multiplies the one before it: it is read by the core that wrote it, from its own cache. A thread that finds no unit left
+// helps with those under way.
 //
-//   thread 0   pack unit 0 | rows of unit 0 | pack unit 2 | rows of unit 2 | ..
-//   thread 1   pack unit 1 | rows of unit 1 | pack unit 3 | rows of unit 3 | ..
+//   thread 0   rows of unit 0, blocks 1, 2, ..; block 0 of unit 2 | rows of unit 2, ..
+//   thread 1   rows of unit 1, blocks 1, 2, ..; block 0 of unit 3 | rows of unit 3, ..
 
 #include "cpu/packed_forward.h"
 
 #include <algorithm>
 #include <atomic>
+#include <utility>
 
 #include "cpu/buffer.h"
+#include "cpu/key_runs.h"
 #include "cpu/parallel.h"
-#include "cpu/wait_until.h"
 
 namespace flash_attn::cpu {
 namespace {
 
-// A unit's tasks in the order in which they start: blocks of keys to pack, then rows to compute.
+// A unit's row tasks in the order in which they start, and its blocks of keys.
 struct UnitWork {
-  const Unit* unit;
-  std::int32_t first_block;
-  std::int32_t blocks;
+  const Unit* unit = nullptr;
   std::vector<RowRange> rows;
+  std::int32_t first_block = 0;
+  std::int32_t block_end = 0;
+  PackedBlock* blocks = nullptr;  // [block_end]
 
-  std::atomic<float*> packed{nullptr};  // null until a thread has taken the unit
-  std::atomic<std::int32_t> next_task{0};
-  std::atomic<std::int32_t> blocks_packed{0};
+  std::atomic<bool> has_memory{false};
+  std::atomic<std::size_t> next_task{0};
 
-  std::int32_t tasks() const { return blocks + static_cast<std::int32_t>(rows.size()); }
+  std::int32_t block_count() const { return block_end - first_block; }
+  // Blocks that have memory at once: two where no other task reads them again, else all, and one of the unit before.
+  std::int32_t places() const { return rows.size() == 1 ? 2 : block_count() + 1; }
 };
 
 class PackedForward {
  public:
   PackedForward(const Kernels& level, const ForwardPass& pass, int threads, const std::vector<Unit>& units)
       : level_(level), pass_(pass), work_(units.size()) {
-    std::int64_t tasks = 0;
-    std::int64_t most_blocks = 0;
+    std::size_t tasks = 0;
+    std::size_t blocks = 0;
     for (std::size_t i = 0; i < units.size(); ++i) {
-      plan(units[i], work_[i]);
-      tasks += work_[i].tasks();
-      most_blocks = std::max<std::int64_t>(most_blocks, work_[i].first_block + work_[i].blocks);
+      const KeyRange seen = units[i].visible_keys();
+      plan(units[i], seen, work_[i]);
+      tasks += work_[i].rows.size();
+      blocks += static_cast<std::size_t>(work_[i].block_end);
+      places_ = std::max(places_, work_[i].places());
+      time_ += work_of(*pass.problem, units[i], std::max(seen.end - seen.begin, 0));
     }
-    threads_ = static_cast<int>(std::min<std::int64_t>(threads, tasks));
-    unit_size_ = most_blocks * pass.packed_block_size;
-    packed_ = allocate(std::min(threads_, static_cast<int>(units.size())) * unit_size_);
+    blocks_.resize(blocks);
+    PackedBlock* next = blocks_.data();
+    for (UnitWork& work : work_) work.blocks = std::exchange(next, next + work.block_end);
+
+    threads_ = static_cast<int>(std::min(static_cast<std::size_t>(threads), tasks));
+    rows_size_ = std::int64_t{rows_per_task() + pass.problem->group()} * pass.problem->scored_dims();  // of whole groups
+    memory_size_ = places_ * pass.packed_block_size + 2 * rows_size_;
+    memory_ = allocate(std::min(threads_, static_cast<int>(units.size())) * memory_size_);
     scratch_size_ = (level.forward_scratch_size(pass) + 15) / 16 * 16;
     scratch_ = allocate(threads_ * scratch_size_);
   }
 
   void run() {
-    parallel_for(threads_, threads_, [&](std::int64_t thread, int slot) {
+    parallel_for(threads_, threads_, time_, [&](std::int64_t thread, int slot) {
       float* scratch = scratch_.get() + slot * scratch_size_;
-      float* packed = nullptr;
-      for (std::size_t i; (i = next_unit_.fetch_add(1, std::memory_order_relaxed)) < work_.size();) {
-        if (!packed) packed = packed_.get() + buffers_taken_.fetch_add(1, std::memory_order_relaxed) * unit_size_;
-        work_[i].packed.store(packed, std::memory_order_release);
-        work_on(work_[i], scratch);
-      }
-      // Each helper begins elsewhere.
-      for (std::size_t i = 0; i < work_.size(); ++i)
-        work_on(work_[(i + static_cast<std::size_t>(thread)) % work_.size()], scratch);
+      take_units(scratch);
+      help(static_cast<std::size_t>(thread), scratch);
     });
   }
 
  private:
-  void plan(const Unit& unit, UnitWork& work) const {
-    const KeyRange seen = unit.visible_keys();
+  std::int32_t rows_per_task() const { return panels_per_task * level_.panel_rows; }
+
+  void plan(const Unit& unit, KeyRange seen, UnitWork& work) const {
     work.unit = &unit;
-    work.first_block = seen.begin / pass_.key_block;
-    work.blocks = seen.begin < seen.end ? (seen.end - 1) / pass_.key_block + 1 - work.first_block : 0;
-    const std::int32_t rows_per_task = panels_per_task * level_.panel_rows;
-    for (std::int32_t row = 0; row < unit.packed_rows(); row += rows_per_task) {
-      work.rows.push_back({row, std::min(row + rows_per_task, unit.packed_rows())});
+    if (seen.begin < seen.end) {
+      work.first_block = seen.begin / pass_.key_block;
+      work.block_end = (seen.end - 1) / pass_.key_block + 1;
+    }
+    for (std::int32_t row = 0; row < unit.packed_rows(); row += rows_per_task()) {
+      work.rows.push_back({row, std::min(row + rows_per_task(), unit.packed_rows())});
     }
     // The heaviest first, so that helpers end together.
     const auto cost = [&](const RowRange& rows) {
@@ -82,57 +89,87 @@ class PackedForward {
                      [&](const RowRange& a, const RowRange& b) { return cost(a) > cost(b); });
   }
 
-  // Runs tasks of a unit until all have started.
-  void work_on(UnitWork& work, float* scratch) const {
-    if (work.next_task.load(std::memory_order_relaxed) >= work.tasks()) return;
-    wait_until([&] { return work.packed.load(std::memory_order_acquire) != nullptr; });
-    for (std::int32_t task; (task = work.next_task.fetch_add(1, std::memory_order_relaxed)) < work.tasks();) {
-      if (task < work.blocks) {
-        pack(work, work.first_block + task);
-      } else {
-        compute_rows(work, static_cast<std::size_t>(task - work.blocks), scratch);
-      }
+  // One of the units that no thread has, if there are so many.
+  UnitWork* take_one_of(std::size_t count) {
+    std::size_t i = next_unit_.load(std::memory_order_relaxed);
+    while (i + count <= work_.size()) {
+      if (next_unit_.compare_exchange_weak(i, i + 1, std::memory_order_relaxed)) return &work_[i];
+    }
+    return nullptr;
+  }
+
+  void take_units(float* scratch) {
+    UnitWork* work = take_one_of(1);
+    if (!work) return;
+    float* memory = memory_.get() + memory_taken_.fetch_add(1, std::memory_order_relaxed) * memory_size_;
+    float* rows = memory + places_ * pass_.packed_block_size;
+    PackedRows queries[2] = {{rows}, {rows + rows_size_}};
+    std::int32_t first_place = 0;
+    give_memory(*work, memory, first_place);
+    while (work) {
+      // The last units are for whoever comes first.
+      UnitWork* next = take_one_of(static_cast<std::size_t>(threads_));
+      first_place = (first_place + (work->rows.size() == 1 ? work->block_count() : 1)) % 2;
+      if (next) give_memory(*next, memory, first_place);
+      compute(*work, next, queries, scratch);
+      work = next;
+      if (work || !(work = take_one_of(1))) continue;
+      give_memory(*work, memory, first_place);
     }
   }
 
-  void pack(UnitWork& work, std::int32_t block) const {
-    level_.pack_keys_values(pass_, *work.unit, block, work.packed + block * pass_.packed_block_size);
-    work.blocks_packed.fetch_add(1, std::memory_order_release);
+  // The first block's place is not that of the last unit's, which may be in use.
+  void give_memory(UnitWork& work, float* memory, std::int32_t first_place) const {
+    for (std::int32_t i = 0; i < work.block_count(); ++i) {
+      const std::int32_t place = work.rows.size() == 1 ? (first_place + i) % 2 : i == 0 ? first_place : i + 1;
+      work.blocks[work.first_block + i].floats = memory + place * pass_.packed_block_size;
+    }
+    work.has_memory.store(true, std::memory_order_release);
   }
 
-  // A unit's tasks share what they ask for of the next one.
-  Foreseen foreseen(const UnitWork& work, std::size_t task) const {
-    const std::size_t next = next_unit_.load(std::memory_order_relaxed);
-    if (next >= work_.size()) return {};
-    const UnitWork& unit = work_[next];
-    const KeyRange seen = unit.unit->visible_keys();
-    const auto share = [&](std::size_t i) {
-      return seen.begin + static_cast<std::int32_t>(std::int64_t{seen.end - seen.begin} * static_cast<std::int64_t>(i) /
-                                                    static_cast<std::int64_t>(work.rows.size()));
-    };
-    if (seen.begin >= seen.end) return {};
-    const bool is_last = task + 1 == work.rows.size();
-    return {unit.unit, {share(task), share(task + 1)}, is_last ? unit.rows.front() : RowRange{0, 0}};
+  // Each helper begins elsewhere.
+  void help(std::size_t first, float* scratch) {
+    for (std::size_t i = 0; i < work_.size(); ++i) {
+      UnitWork& work = work_[(first + i) % work_.size()];
+      if (work.next_task.load(std::memory_order_relaxed) >= work.rows.size()) continue;
+      wait_until([&] { return work.has_memory.load(std::memory_order_acquire); });
+      compute(work, nullptr, nullptr, scratch);
+    }
   }
 
-  void compute_rows(const UnitWork& work, std::size_t task, float* scratch) const {
-    const RowRange rows = work.rows[task];
-    wait_until([&] { return work.blocks_packed.load(std::memory_order_acquire) == work.blocks; });
+  // Runs tasks of a unit until all have started. Its owner packs ahead: the first block of its next unit, q of its next task.
+  void compute(UnitWork& work, const UnitWork* next, PackedRows* queries, float* scratch) const {
     const KeyRange all_keys = {0, work.unit->sequence.k.length};
-    level_.forward_rows(
-        pass_, {work.unit, work.packed, rows.begin, rows.end, all_keys, true, {nullptr, nullptr}, foreseen(work, task)},
-        scratch);
+    for (std::size_t task; (task = work.next_task.fetch_add(1, std::memory_order_relaxed)) < work.rows.size();) {
+      const bool is_last = task + 1 == work.rows.size();
+      const UnitWork* after = is_last ? next : &work;
+      Foreseen foreseen;
+      if (next && next->block_count() > 0) {
+        foreseen.block = {next->unit, next->first_block, next->blocks + next->first_block};
+      }
+      if (queries && after) foreseen.rows = {after->unit, after->rows[is_last ? 0 : task + 1], queries + 1};
+      const RowRange rows = work.rows[task];
+      level_.forward_rows(pass_,
+                          {work.unit, work.blocks, queries, rows.begin, rows.end, all_keys, true, {nullptr, nullptr}, foreseen},
+                          scratch);
+      if (queries) std::swap(queries[0], queries[1]);
+    }
   }
 
   const Kernels& level_;
   const ForwardPass& pass_;
   int threads_ = 1;
+  Nanoseconds time_ = 0;
   std::vector<UnitWork> work_;
+  std::vector<PackedBlock> blocks_;
   std::atomic<std::size_t> next_unit_{0};
-  std::atomic<std::int64_t> buffers_taken_{0};
-  std::int64_t unit_size_ = 0;
+
+  std::int32_t places_ = 0;
+  std::int64_t rows_size_ = 0;
+  std::int64_t memory_size_ = 0;  // of a thread that has units: places for blocks, and rows
+  std::atomic<std::int64_t> memory_taken_{0};
+  Buffer memory_;
   std::int64_t scratch_size_ = 0;
-  Buffer packed_;
   Buffer scratch_;
 };
 
