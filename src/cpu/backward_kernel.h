@@ -40,6 +40,7 @@ inline void backward_keys(const BackwardPass& pass, const BackwardTask& task, fl
   std::memset(buffers.dk, 0, static_cast<std::size_t>(panels_of(problem.head_dim)) * bytes_of_panel);
   std::memset(buffers.dv, 0, static_cast<std::size_t>(panels_of(problem.head_dim_v)) * bytes_of_panel);
 
+  const bool are_words = gradients_are_words<Operand>(problem);
   constexpr int step = row_block<Operand>;
   for (int row_begin = 0, index = 0; row_begin < unit.packed_rows(); row_begin += step, ++index) {
     const int row_count = min_of(step, unit.packed_rows() - row_begin);
@@ -50,13 +51,14 @@ inline void backward_keys(const BackwardPass& pass, const BackwardTask& task, fl
     for (int column = 0; column < row_count; column += panel_rows) {
       const RowPanel panel(problem, *pass.inputs, unit, row_begin + column, row_begin + row_count);
       pair.staircase.add(panel, keys.begin + seen.begin, pair.keys_seen());
-      panel_gradients<Operand>({pass, steps, buffers, products}, pair, panel, column,
+      panel_gradients<Operand>({pass, steps, buffers, products, are_words}, pair, panel, column,
                                [&](auto vectors, const GradientTile& tile, int key) {
+                                 if (are_words) return;
                                  multiply_softcap_derivative(panel, tile);
                                  products.template keep<vectors>(tile, key, column);
                                });
     }
-    products.keep_all(pair);
+    if (!are_words) products.keep_all(pair);
     products.add_dv(pair, buffers.dv);
     products.add_dk(pair, buffers.dk);
     if (!task.dq) continue;

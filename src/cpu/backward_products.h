@@ -20,6 +20,19 @@ struct GradientTile {
   float* softcap_derivative;  // null: no softcap
 };
 
+// The same of keys and rows, as products of pairs take them: words of neighbouring rows or of neighbouring keys.
+struct GradientWords {
+  float* p_rows;   // [keys][stride]
+  float* ds_rows;  // [keys][stride]
+  float* ds_keys;  // [key words][stride]
+  std::int64_t stride;
+};
+
+FA_INLINE void store_half(float* to, Vec x) {
+  const Half bits = half_of(x);
+  __builtin_memcpy(to, &bits, sizeof(bits));
+}
+
 // A block of rows against the keys of a block that it sees.
 template <class Operand>
 struct BlockPair {
@@ -68,6 +81,14 @@ class BackwardProducts {
   GradientTile tile(const BlockPair<Operand>& pair, int key, int count, int column) const {
     const std::int64_t first = std::int64_t{key} * row_block<Operand> + column;
     return {{scores_ + first, row_block<Operand>, count, pair.keys.begin + key}, gradients_ + first, derivative_ + first};
+  }
+
+  // What keep_all() would make of the panel at `column` and the keys from `key` on. Words of rows take the place of P and dS of
+  // these and of earlier rows.
+  GradientWords words_from(const BlockPair<Operand>& pair, int key, int column) const {
+    const std::int64_t row = std::int64_t{key} * row_block<Operand> + column / 2;
+    const std::int64_t key_word = (key - pair.seen.begin) / 2;
+    return {scores_ + row, gradients_ + row, derivative_ + key_word * row_block<Operand> + column, row_block<Operand>};
   }
 
   // [keys][stride] = scale rows_of_keys [keys][dim words] transposed [dim words][N vectors].
@@ -128,8 +149,9 @@ class BackwardProducts {
   // A tile [keys][row_block] as a left operand: words of neighbouring rows, in place.
   static void pack_along_rows(float* tile, int keys, int rows) {
     if constexpr (Operand::per_word > 1) {
-      for (int key = 0; key < keys; ++key)
-        pack_row<Operand>(tile + key * row_block<Operand>, rows, tile + key * row_block<Operand>);
+      for (int key = 0; key < keys; ++key, tile += row_block<Operand>) {
+        for (int row = 0; row < rows; row += lanes) store_half(tile + row / 2, load(tile + row));
+      }
     }
   }
 
@@ -277,11 +299,6 @@ class BackwardProducts<MatrixOperand> {
   }
 
  private:
-  static FA_INLINE void store_half(float* to, Vec x) {
-    const Half bits = half_of(x);
-    __builtin_memcpy(to, &bits, sizeof(bits));
-  }
-
   // 0 for a half that is not finite.
   static FA_INLINE Vec finite_halves(Vec word) {
     constexpr std::int32_t low = 0x7f80;

@@ -11,81 +11,11 @@
 
 #include <new>
 
+#include "cpu/forward_blocks.h"
 #include "cpu/forward_scores.h"
 
 namespace flash_attn::cpu::FA_LEVEL {
 namespace {
-
-// The most keys of a score tile. Key blocks are a multiple of this, and so many keys past the end may be computed, whose scores
-// are ignored.
-constexpr int forward_key_tile = FA_BFLOAT16_TILES ? 2 * matrix_tile : score_keys<1>;
-
-// ---- packing: K [key block + overhang][dim words], V [dim panels][key words][dim_panel]; sizes are those of float32
-
-inline std::int64_t packed_keys_size(const AttentionProblem& problem, std::int32_t key_block) {
-  return std::int64_t{key_block + forward_key_tile} * row_floats(problem.scored_dims());
-}
-
-inline std::int64_t packed_block_size(const AttentionProblem& problem, std::int32_t key_block) {
-  return packed_keys_size(problem, key_block) + std::int64_t{key_block} * round_up(problem.head_dim_v, dim_panel);
-}
-
-// K, or K and V with qv; bfloat16 pairs lie in K as they do in its words.
-template <class Operand>
-inline void pack_scored_rows(const AttentionProblem& problem, const KeyReader& reader, KeyBlock keys, float* packed) {
-  const int dim = problem.scored_dims();
-  float buffer[padded_head_dim];
-  for (int i = 0; i < keys.size; ++i, packed += words<Operand>(dim)) {
-    reader.fetch_scored_ahead(keys.begin + i);
-    if (const char* pairs = reader.template words_of_key<Operand>(keys.begin + i)) {
-      const int used = dim / 2;
-      std::memcpy(packed, pairs, static_cast<std::size_t>(used) * sizeof(float));
-      std::memset(packed + used, 0, static_cast<std::size_t>(words<Operand>(dim) - used) * sizeof(float));
-    } else {
-      pack_row<Operand>(reader.view_scored(keys.begin + i, buffer), dim, packed);
-    }
-  }
-}
-
-template <class Operand>
-inline void pack_keys_values(const ForwardPass& pass, const Unit& unit, std::int32_t block, float* packed) {
-  const AttentionProblem& problem = *pass.problem;
-  const KeyBlock keys = {block * pass.key_block, pass.key_block};
-  const KeyReader reader(problem, *pass.inputs, unit);
-  pack_scored_rows<Operand>(problem, reader, keys, packed);
-  pack_value_panels<Operand>(reader, values_of(problem, *pass.inputs), unit, keys,
-                             packed + packed_keys_size(problem, pass.key_block));
-}
-
-// The floats of blocks[0], which is the unit's block `index`, packed by whoever gets to it first. While another thread is at
-// work on it, those of blocks up to `end` are packed.
-template <class Operand>
-inline const float* packed_block(const ForwardPass& pass, const Unit& unit, std::int32_t index, std::int32_t end,
-                                 PackedBlock* blocks) {
-  for (std::int32_t i = 0; index + i < end && state_of(blocks[0]) != PackedBlock::filled; ++i) {
-    if (!begin_filling(blocks[i])) continue;
-    pack_keys_values<Operand>(pass, unit, index + i, blocks[i].floats);
-    end_filling(blocks[i]);
-  }
-  wait_until_filled(blocks[0]);
-  return blocks[0].floats;
-}
-
-// Begins to fill the block that comes next. Null: there is nothing to end.
-template <class Operand>
-inline PackedBlock* begin_next_block(const ForwardPass& pass, const Unit& unit, std::int32_t index, PackedBlock& block,
-                                     PackAhead<Operand>& ahead) {
-  const AttentionProblem& problem = *pass.problem;
-  const KeyBlock keys = {index * pass.key_block, pass.key_block};
-  if (state_of(block) != PackedBlock::empty) return nullptr;
-  if (!PackAhead<Operand>::can_copy(problem, *pass.inputs, unit, keys)) {
-    ahead.ask_for_block(problem, *pass.inputs, unit, keys);
-    return nullptr;
-  }
-  if (!begin_filling(block)) return nullptr;
-  ahead.copy_block(problem, *pass.inputs, unit, keys, {block.floats, block.floats + packed_keys_size(problem, pass.key_block)});
-  return &block;
-}
 
 // ---- a panel of rows
 
@@ -175,7 +105,7 @@ inline std::int64_t forward_scratch_size(const ForwardPass& pass) {
   const std::int64_t dims_v = round_up(pass.problem->head_dim_v, dim_panel);
   const std::int64_t mask_rows = std::int64_t{lanes} * round_up(pass.key_block, lanes);
   const std::int64_t tile = std::int64_t{pass.key_block + forward_key_tile} * panel_rows;
-  return mask_rows + 2 * tile + task_panels * panel_rows * (dim + dims_v) + 2 * pass.packed_block_size;
+  return mask_rows + 2 * tile + task_panels * panel_rows * (dim + dims_v) + TaskBlocks<Float32Operand>::own_size(pass);
 }
 
 template <class Operand>
@@ -216,19 +146,9 @@ inline void forward_rows(const ForwardPass& pass, const ForwardTask& task, float
   const bool copies_rows =
       next_rows.unit && ahead.add_rows(problem, inputs, *next_rows.unit, next_rows.range, next_rows.packed->floats);
   some = {max_of(some.begin, task.keys.begin), min_of(some.end, task.keys.end)};
-  const std::int32_t block_begin = some.begin < some.end ? some.begin / pass.key_block : 0;
-  const std::int32_t block_end = some.begin < some.end ? (some.end - 1) / pass.key_block + 1 : 0;
-  PackedBlock own_blocks[2] = {{take(pass.packed_block_size)}, {take(pass.packed_block_size)}};
-  const auto place_of = [&](std::int32_t block) { return task.blocks ? task.blocks + block : own_blocks + block % 2; };
-  for (std::int32_t block = block_begin; block < block_end; ++block) {
-    const float* packed = packed_block<Operand>(pass, unit, block, task.blocks ? block_end : block + 1, place_of(block));
-    PackedBlock* filling = nullptr;
-    if (block + 1 < block_end) {
-      if (!task.blocks) place_of(block + 1)->state = PackedBlock::empty;  // the block before is done with
-      filling = begin_next_block<Operand>(pass, unit, block + 1, *place_of(block + 1), ahead);
-    } else if (const auto& after = task.next.block; after.unit) {
-      filling = begin_next_block<Operand>(pass, *after.unit, after.index, *after.packed, ahead);
-    }
+  TaskBlocks<Operand> blocks(pass, task, some, take(TaskBlocks<Operand>::own_size(pass)), ahead);
+  for (std::int32_t block = blocks.begin(); block < blocks.end(); ++block) {
+    const float* packed = blocks.enter(block);
     const BlockContext<Operand> context = {
         &pass,
         &task,
@@ -252,10 +172,7 @@ inline void forward_rows(const ForwardPass& pass, const ForwardTask& task, float
           break;
       }
     }
-    if (filling) {
-      ahead.finish_block();
-      end_filling(*filling);
-    }
+    blocks.leave();
   }
   streams_end();
   if (copies_rows) {

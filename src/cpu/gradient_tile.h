@@ -69,41 +69,88 @@ class TileProbabilities {
 
 // dS [M keys][W vectors of rows] = P (dP - delta), where dP^T = V [M][dim words] dO^T [dim words][N vectors]; beside that
 // product S [M][N vectors] becomes P. Of these, `first` is the first of the W. Out of line, so that its loop has all registers.
+// P and dS go to `words` where that is not null, dS times softcap's derivative.
 template <class Operand, int M, int W, int N>
 __attribute__((noinline)) void gradient_product(const float* v, int dim_words, const float* dout, const float* lse_log2,
-                                                const float* delta, int first, float* scores, float* gradients,
-                                                std::int64_t stride) {
+                                                const float* delta, int first, const GradientTile& tile,
+                                                const GradientWords* words) {
+  float* scores = tile.scores.scores;
+  const std::int64_t stride = tile.scores.stride;
   TileProbabilities<M, N> probabilities(scores, stride, lse_log2);
   Vec dp[M][W] = {};
   matmul_tile<Operand, M, W>(dp, v, dim_words, 1, dout + first * lanes, N * lanes, dim_words, probabilities);
   probabilities.finish();
+  const auto ds_of = [&](int m, int w) FA_INLINE_IF_FAST {
+    const std::int64_t i = m * stride + (first + w) * lanes;
+    return gradient(load(scores + i), dp[m][w], load(delta + (first + w) * lanes));
+  };
+  if (!words) {
 #pragma GCC unroll 8
-  for (int m = 0; m < M; ++m) {
+    for (int m = 0; m < M; ++m) {
 #pragma GCC unroll 4
-    for (int w = 0; w < W; ++w) {
-      const std::int64_t i = m * stride + (first + w) * lanes;
-      store(gradients + i, gradient(load(scores + i), dp[m][w], load(delta + (first + w) * lanes)));
+      for (int w = 0; w < W; ++w) store(tile.gradients + m * stride + (first + w) * lanes, ds_of(m, w));
+    }
+  } else if constexpr (Operand::per_word == 2) {
+#pragma GCC unroll 4
+    for (int m = 0; m < M; m += 2) {
+#pragma GCC unroll 4
+      for (int w = 0; w < W; ++w) {
+        Vec ds[2];
+#pragma GCC unroll 2
+        for (int i = 0; i < 2; ++i) {
+          const std::int64_t from = (m + i) * stride + (first + w) * lanes;
+          const std::int64_t to = (m + i) * words->stride + (first + w) * lanes / 2;
+          ds[i] = ds_of(m + i, w);
+          if (tile.softcap_derivative) ds[i] *= load(tile.softcap_derivative + from);
+          store_half(words->p_rows + to, load(scores + from));
+          store_half(words->ds_rows + to, ds[i]);
+        }
+        store(words->ds_keys + m / 2 * words->stride + (first + w) * lanes, Operand::word(ds));
+      }
     }
   }
 }
 
-// P and dS of the panel at `column` of the rows.
-template <class Operand, int N>
-inline void gradients_beside(const BlockPair<Operand>& pair, int column, const float* v_rows, int dim_words, const float* dout,
-                             const float* lse_log2, const float* delta, const GradientTile& tile) {
-  constexpr int M = score_keys<N>;
-  const ScoreTile& s = tile.scores;
-  for_each_seen_tile<M, N>({0, s.keys}, pair.staircase, column, [&](int key, int first, auto count) FA_INLINE_IF_FAST {
-    float* scores = s.scores + key * s.stride;
-    float* gradients = tile.gradients + key * s.stride;
-    if constexpr (count > 0) {
-      gradient_product<Operand, M, count, N>(v_rows + std::int64_t{key} * dim_words, dim_words, dout, lse_log2, delta, first,
-                                             scores, gradients, s.stride);
-    } else {
-      TileProbabilities<M, N>(scores, s.stride, lse_log2).finish();
+// Words of M keys and N vectors of rows, but for [first, first + count).
+template <int M, int N>
+FA_INLINE void clear_unseen_words(const GradientWords& words, int first, int count) {
+  if (count == N) return;
+  for (int n = 0; n < N; ++n) {
+    if (n >= first && n < first + count) continue;
+    for (int m = 0; m < M; ++m) {
+      store_half(words.p_rows + m * words.stride + n * lanes / 2, Vec{});
+      store_half(words.ds_rows + m * words.stride + n * lanes / 2, Vec{});
     }
-    clear_unseen<M, N>(gradients, s.stride, first, count);
-  });
+    for (int m = 0; m < M / 2; ++m) store(words.ds_keys + m * words.stride + n * lanes, Vec{});
+  }
+}
+
+// P and dS of the panel at `column` of the rows, whose tile begins with the block's key `key`; as words where a product takes
+// them so.
+template <class Operand, int N>
+inline void gradients_beside(const BackwardProducts<Operand>& products, const BlockPair<Operand>& pair, int first_key,
+                             int column, const float* v_rows, int dim_words, const float* dout, const float* lse_log2,
+                             const float* delta, const GradientTile& tile, bool as_words) {
+  constexpr int M = score_keys<N>;
+  const std::int64_t stride = tile.scores.stride;
+  for_each_seen_tile<M, N>(
+      {0, tile.scores.keys}, pair.staircase, column, [&](int key, int first, auto count) FA_INLINE_IF_FAST {
+        const GradientTile some = {{tile.scores.scores + key * stride, stride, M, tile.scores.key_begin + key},
+                                   tile.gradients + key * stride,
+                                   tile.softcap_derivative ? tile.softcap_derivative + key * stride : nullptr};
+        const GradientWords words = products.words_from(pair, first_key + key, column);
+        if constexpr (count > 0) {
+          gradient_product<Operand, M, count, N>(v_rows + std::int64_t{key} * dim_words, dim_words, dout, lse_log2, delta,
+                                                 first, some, as_words ? &words : nullptr);
+        } else if (!as_words) {
+          TileProbabilities<M, N>(some.scores.scores, stride, lse_log2).finish();
+        }
+        if (as_words) {
+          clear_unseen_words<M, N>(words, first, count);
+        } else {
+          clear_unseen<M, N>(some.gradients, stride, first, count);
+        }
+      });
 }
 
 inline void multiply_softcap_derivative(const RowPanel& panel, const GradientTile& tile) {
@@ -123,7 +170,14 @@ struct GradientContext {
   const ScoreSteps& steps;
   const KeyBlockBuffers<Operand>& buffers;
   const BackwardProducts<Operand>& products;
+  bool as_words;  // P and dS are wanted so, see gradients_are_words
 };
+
+// Whether P and dS become words as soon as there is dP, so that nobody else turns them.
+template <class Operand>
+inline bool gradients_are_words(const AttentionProblem& problem) {
+  return Operand::per_word > 1 && BackwardProducts<Operand>::softmax_beside && !problem.has_dropout;
+}
 
 // S^T, dP^T, P and dS of the panel at `column` of the rows. visit(tile, key) as soon as a tile is ready; `key` is its
 // first, counted from the block's.
@@ -156,7 +210,10 @@ inline void panel_gradients(const GradientContext<Operand>& context, const Block
     const float* delta = pair.rows.delta + column;
     const bool is_beside = Products::softmax_beside && !problem.has_dropout;
     if constexpr (Products::softmax_beside) {
-      if (is_beside) gradients_beside<Operand, N>(pair, column, v_rows, dim_v_words, dout, lse_log2, delta, tile);
+      if (is_beside) {
+        gradients_beside<Operand, N>(context.products, pair, key, column, v_rows, dim_v_words, dout, lse_log2, delta, tile,
+                                     context.as_words);
+      }
     }
     if (!is_beside) {
       Products::template scores<N>(pair, column, v_rows, dim_v_words, dout, count, 1.0f, tile.gradients, s.stride);

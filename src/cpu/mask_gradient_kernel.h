@@ -31,7 +31,7 @@ inline void add_mask_gradient(const BackwardPass& pass, const MaskGradientTask& 
     const RowPanel panel(problem, *pass.inputs, unit, task.row_begin + column, row_end);
     pair.staircase.add(panel, keys.begin + seen.begin, pair.keys_seen());
     panel_gradients<Operand>(
-        {pass, steps, buffers, products}, pair, panel, column, [&](int, const GradientTile& tile, int first) {
+        {pass, steps, buffers, products, false}, pair, panel, column, [&](int, const GradientTile& tile, int first) {
           const int count = min_of(tile.scores.keys, last - first);
           for (int lane = 0; lane < panel.rows; ++lane) {
             float* destination = task.dmask + panel.query[lane] * task.row_stride;

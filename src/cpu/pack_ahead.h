@@ -3,6 +3,7 @@
 #pragma once
 
 #include "cpu/lines_ahead.h"
+#include "cpu/products.h"
 #include "cpu/row_copies.h"
 
 #if !defined(FA_PACK_AHEAD)  // 1: the level's processors multiply as fast while they fetch and copy
@@ -12,7 +13,7 @@
 namespace flash_attn::cpu::FA_LEVEL {
 namespace {
 
-// Where a packed block has its parts.
+// The parts of a packed block.
 struct BlockParts {
   float* k;  // [key][dim words]
   float* v;  // [dim panels][key words][dim_panel]
@@ -20,20 +21,26 @@ struct BlockParts {
 
 template <class Operand>
 class SomePackAhead {
+  using Copies = RowCopies<Operand>;
+  using Form = typename Copies::Form;
+  using Span = typename Copies::Span;
+
  public:
   // Whether a block of a unit's keys can be copied; else it is only asked for.
   static bool can_copy(const AttentionProblem& problem, const AttentionInputs& inputs, const Unit& unit, KeyBlock block) {
     const KeyTensor k = keys_of(problem, inputs);
     const KeyTensor v = values_of(problem, inputs);
     const KeyRange keys = seen_keys(unit, block);
-    if (keys.begin >= keys.end || problem.has_qv || !have_form(k, in_row) || !have_form(v, of_values)) return false;
+    if (keys.begin >= keys.end || problem.has_qv || !have_form(k, along_dims) || !have_form(v, as_values)) return false;
     // A page is a span of its own. None is missing, no pair divided.
-    bool are_whole = problem.page_size == 0 || problem.page_size >= shortest_page;
+    int spans = 0;
+    bool are_whole = true;
     for_each_stretch(problem, inputs, unit.sequence, unit.batch, keys,
                      [&](std::int32_t first, std::int32_t count, KeySlot slot) {
                        are_whole &= slot.exists() && first % Operand::per_word == 0 && count % Operand::per_word == 0;
+                       ++spans;
                      });
-    return are_whole;
+    return are_whole && 2 * spans <= Copies::most_spans;
   }
 
   // Begins with a block; finish_block() does what is left.
@@ -48,12 +55,12 @@ class SomePackAhead {
     for_each_stretch(
         problem, inputs, unit.sequence, unit.batch, keys, [&](std::int32_t first, std::int32_t count, KeySlot slot) {
           float* to = parts.k + (first - block.begin) * k_row;
-          keys_.add(span_of(*k.tensor, first_element(k, slot, unit.kv_head), count, k.dim, in_row, to, k_row, dim_panel));
+          keys_.add(span_of(*k.tensor, first_element(k, slot, unit.kv_head), count, k.dim, along_dims, to, k_row, dim_panel));
         });
     for_each_stretch(
         problem, inputs, unit.sequence, unit.batch, keys, [&](std::int32_t first, std::int32_t count, KeySlot slot) {
           float* to = parts.v + (first - block.begin) / Operand::per_word * dim_panel;
-          keys_.add(span_of(*v.tensor, first_element(v, slot, unit.kv_head), count, v.dim, of_values, to, dim_panel, v_panel));
+          keys_.add(span_of(*v.tensor, first_element(v, slot, unit.kv_head), count, v.dim, as_values, to, dim_panel, v_panel));
         });
     zero_others(problem, keys, block, parts);
   }
@@ -66,9 +73,8 @@ class SomePackAhead {
     const KeyTensor k = keys_of(problem, inputs);
     const KeyTensor v = values_of(problem, inputs);
     const KeyRange keys = seen_keys(unit, block);
-    const bool are_few = problem.page_size == 0 || problem.page_size >= shortest_page;
     // A quantized row takes longer to read than to arrive.
-    if (keys.begin >= keys.end || !are_few || k.quantization->scales || v.quantization->scales) return;
+    if (keys.begin >= keys.end || k.quantization->scales || v.quantization->scales) return;
     for_each_stretch(problem, inputs, unit.sequence, unit.batch, keys, [&](std::int32_t, std::int32_t count, KeySlot slot) {
       if (!slot.exists()) return;
       add_lines(*v.tensor, first_element(v, slot, unit.kv_head), count, v.dim);
@@ -88,10 +94,10 @@ class SomePackAhead {
     const char* row = element(q.data, q.dtype,
                               unit.batch * q.strides.batch + (unit.sequence.q.begin + std::int64_t{first}) * q.strides.seq +
                                   unit.first_head * q.strides.head);
-    const bool are_copied = have_form({&q, &inputs.cache.k, problem.head_dim}, in_row) && rows.begin % unit.group == 0;
+    const bool are_copied = have_form({&q, &inputs.cache.k, problem.head_dim}, along_dims) && rows.begin % unit.group == 0;
     if (are_copied) {
       const std::int64_t to_row = std::int64_t{unit.group} * words<Operand>(problem.head_dim);
-      rows_.add(span_of(q, row, count, unit.group * problem.head_dim, in_row, to, to_row, dim_panel));
+      rows_.add(span_of(q, row, count, unit.group * problem.head_dim, along_dims, to, to_row, dim_panel));
     } else {
       add_lines(q, row, count, unit.group * problem.head_dim);
     }
@@ -124,15 +130,9 @@ class SomePackAhead {
   }
 
  private:
-  using Copies = RowCopies<Operand>;
-  using Form = typename Copies::Form;
-  using Span = typename Copies::Span;
-
-  static constexpr std::int32_t shortest_page = 16;
-
-  // The neighbours that make a word: dims of a row, or values of two rows.
-  static constexpr bool in_row = true;
-  static constexpr bool of_values = Operand::per_word == 1;
+  // What makes a word: neighbours along the dims of a row, or of two rows.
+  static constexpr bool along_dims = true;
+  static constexpr bool as_values = Operand::per_word == 1;
 
   static KeyRange seen_keys(const Unit& unit, KeyBlock block) {
     const KeyRange seen = unit.visible_keys();
@@ -146,26 +146,26 @@ class SomePackAhead {
     spans_below_mask_ = spans_of_rows_;
   }
 
-  static Form form_of(DType dtype, bool is_in_row) {
-    if (Operand::per_word > 1) return is_in_row ? Form::words : Form::pairs;
+  static Form form_of(DType dtype, bool is_along_dims) {
+    if (Operand::per_word > 1) return is_along_dims ? Form::words : Form::pairs;
     return dtype == DType::float32 ? Form::words : Form::halves;
   }
-  static int dims_of_piece(bool is_in_row) { return is_in_row ? dim_panel * Operand::per_word : dim_panel; }
+  static int dims_of_piece(bool is_along_dims) { return is_along_dims ? dim_panel * Operand::per_word : dim_panel; }
 
   // Rows of whole pieces, side by side, of a dtype that a copy knows.
-  static bool have_form(const KeyTensor& rows, bool is_in_row) {
+  static bool have_form(const KeyTensor& rows, bool is_along_dims) {
     const DType dtype = rows.tensor->dtype;
     const bool is_known = Operand::per_word > 1 ? dtype == DType::bfloat16 : dtype == DType::float32 || dtype == DType::float16;
-    return is_known && rows.tensor->strides.dim == 1 && rows.dim % dims_of_piece(is_in_row) == 0;
+    return is_known && rows.tensor->strides.dim == 1 && rows.dim % dims_of_piece(is_along_dims) == 0;
   }
 
-  static Span span_of(const ConstTensor& tensor, const char* from, std::int32_t rows, int dim, bool is_in_row, float* to,
+  static Span span_of(const ConstTensor& tensor, const char* from, std::int32_t rows, int dim, bool is_along_dims, float* to,
                       std::int64_t to_row, std::int64_t to_piece) {
     const std::int64_t stride = tensor.strides.seq * size_of(tensor.dtype);
-    const int rows_of_word = is_in_row ? 1 : Operand::per_word;
-    return {form_of(tensor.dtype, is_in_row),
+    const int rows_of_word = is_along_dims ? 1 : Operand::per_word;
+    return {form_of(tensor.dtype, is_along_dims),
             rows / rows_of_word,
-            dim / dims_of_piece(is_in_row),
+            dim / dims_of_piece(is_along_dims),
             from,
             stride * rows_of_word,
             stride,

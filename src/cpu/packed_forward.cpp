@@ -28,6 +28,7 @@ struct UnitWork {
 
   std::atomic<bool> has_memory{false};
   std::atomic<std::size_t> next_task{0};
+  std::atomic<int> helpers{0};  // at work on tasks
 
   std::int32_t block_count() const { return block_end - first_block; }
   // Blocks that have memory at once: two where no other task reads them again, else all, and one of the unit before.
@@ -105,42 +106,51 @@ class PackedForward {
     float* rows = memory + places_ * pass_.packed_block_size;
     PackedRows queries[2] = {{rows}, {rows + rows_size_}};
     std::int32_t first_place = 0;
-    give_memory(*work, memory, first_place);
-    while (work) {
-      // The last units are for whoever comes first.
-      UnitWork* next = take_one_of(static_cast<std::size_t>(threads_));
-      first_place = (first_place + (work->rows.size() == 1 ? work->block_count() : 1)) % 2;
-      if (next) give_memory(*next, memory, first_place);
-      compute(*work, next, queries, scratch);
-      work = next;
-      if (work || !(work = take_one_of(1))) continue;
+    for (UnitWork* next; work; work = next ? next : take_one_of(1)) {
       give_memory(*work, memory, first_place);
+      first_place = (first_place + (work->rows.size() == 1 ? work->block_count() : 1)) % 2;
+      // The last units are for whoever comes first.
+      next = take_one_of(static_cast<std::size_t>(threads_));
+      if (next && next->block_count() > 0) next->blocks[next->first_block].floats = place(memory, first_place);
+      compute(*work, next, queries, scratch);
+      // The next unit takes its memory.
+      wait_until([&] { return work->helpers.load(std::memory_order_acquire) == 0; });
     }
   }
 
-  // The first block's place is not that of the last unit's, which may be in use.
+  float* place(float* memory, std::int32_t i) const { return memory + i * pass_.packed_block_size; }
+
+  // The first block's place is not that of the unit's before, which is still in use when the block is packed.
   void give_memory(UnitWork& work, float* memory, std::int32_t first_place) const {
     for (std::int32_t i = 0; i < work.block_count(); ++i) {
-      const std::int32_t place = work.rows.size() == 1 ? (first_place + i) % 2 : i == 0 ? first_place : i + 1;
-      work.blocks[work.first_block + i].floats = memory + place * pass_.packed_block_size;
+      work.blocks[work.first_block + i].floats = place(memory, work.rows.size() == 1 ? (first_place + i) % 2
+                                                               : i == 0              ? first_place
+                                                                                     : i + 1);
     }
     work.has_memory.store(true, std::memory_order_release);
   }
 
-  // Each helper begins elsewhere.
+  // Until every task has started. Each helper begins elsewhere.
   void help(std::size_t first, float* scratch) {
-    for (std::size_t i = 0; i < work_.size(); ++i) {
-      UnitWork& work = work_[(first + i) % work_.size()];
-      if (work.next_task.load(std::memory_order_relaxed) >= work.rows.size()) continue;
-      wait_until([&] { return work.has_memory.load(std::memory_order_acquire); });
-      compute(work, nullptr, nullptr, scratch);
-    }
+    wait_until([&] {
+      bool have_started = true;
+      for (std::size_t i = 0; i < work_.size(); ++i) {
+        UnitWork& work = work_[(first + i) % work_.size()];
+        if (work.next_task.load(std::memory_order_relaxed) >= work.rows.size()) continue;
+        have_started = false;
+        if (!work.has_memory.load(std::memory_order_acquire)) continue;
+        work.helpers.fetch_add(1, std::memory_order_relaxed);
+        compute(work, nullptr, nullptr, scratch);
+        work.helpers.fetch_sub(1, std::memory_order_release);
+      }
+      return have_started;
+    });
   }
 
   // Runs tasks of a unit until all have started. Its owner packs ahead: the first block of its next unit, q of its next task.
   void compute(UnitWork& work, const UnitWork* next, PackedRows* queries, float* scratch) const {
     const KeyRange all_keys = {0, work.unit->sequence.k.length};
-    for (std::size_t task; (task = work.next_task.fetch_add(1, std::memory_order_relaxed)) < work.rows.size();) {
+    for (std::size_t task; (task = work.next_task.fetch_add(1, std::memory_order_acq_rel)) < work.rows.size();) {
       const bool is_last = task + 1 == work.rows.size();
       const UnitWork* after = is_last ? next : &work;
       Foreseen foreseen;

@@ -58,6 +58,7 @@ void random_sizes(ByteSource& source, AttentionProblem& problem) {
   problem.heads_k = source.integer(1, 3);
   problem.heads_q = problem.heads_k * source.choose({1, 1, 2, 3, 4, 9});
   problem.head_dim = source.one_in(6) ? source.integer(100, 576) : source.integer(1, 80);
+  if (source.one_in(3)) problem.head_dim = source.choose({32, 64, 64, 96, 128});
   problem.head_dim_v = source.one_in(3) ? source.integer(1, 80) : problem.head_dim;
 }
 

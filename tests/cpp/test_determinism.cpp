@@ -73,6 +73,21 @@ TEST_P(Determinism, BackwardGivesTheSameBits) {
   expect_same_bits(test_call, backward_bits);
 }
 
+// More threads than CPUs, so that one waits in the middle of a unit while others finish theirs and help.
+TEST(ManyThreads, GiveTheSameBits) {
+  AttentionProblem problem = dense_problem(1, 500, 500, 32, 32);
+  problem.heads_q = problem.heads_k = 7;
+  problem.causal = true;
+  TestCall call(problem, {}, 31);
+  cpu::set_thread_count_for_testing(1);
+  const std::vector<std::string> expected = forward_bits(call);
+  for (int threads = 2; threads <= 8; ++threads) {
+    cpu::set_thread_count_for_testing(threads);
+    for (int round = 0; round < 10; ++round) EXPECT_TRUE(forward_bits(call) == expected) << threads << " threads";
+  }
+  cpu::set_thread_count_for_testing(0);
+}
+
 // Streams of a framework evaluate at the same time.
 TEST(ConcurrentCallers, GetTheSameBitsAsOneAlone) {
   cpu::set_thread_count_for_testing(3);
