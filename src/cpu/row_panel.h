@@ -40,6 +40,7 @@ struct RowPanel {
   KeyRange all;                                        // keys in here are seen by every row
   KeyRange some_of_granule[panel_rows / row_granule];  // as `some`, of a few rows
 
+  // For a call that uses them.
   float diagonal[panel_rows];    // key position on the row's diagonal, for ALiBi
   float slope_log2[panel_rows];  // ALiBi slope in log2 units
   std::int64_t mask_offset[panel_rows];
@@ -79,13 +80,17 @@ struct RowPanel {
       all = {max_of(all.begin, keys.begin), min_of(all.end, keys.end)};
       key_begin[lane] = keys.begin;
       key_end[lane] = keys.end;
-      diagonal[lane] = static_cast<float>(query[lane] + unit.rule.seqlen_k - unit.rule.seqlen_q);
       if (inputs.alibi_slopes) {
+        diagonal[lane] = static_cast<float>(query[lane] + unit.rule.seqlen_k - unit.rule.seqlen_q);
         slope_log2[lane] = inputs.alibi_slopes[unit.batch * inputs.alibi_batch_stride + head[lane]] * log2_e;
       }
-      mask_offset[lane] =
-          unit.batch * inputs.attn_mask.batch + head[lane] * inputs.attn_mask.head + query[lane] * inputs.attn_mask.row;
-      dropout_head[lane] = static_cast<std::uint32_t>(unit.batch * problem.heads_q + head[lane]) * 32u;
+      if (inputs.attn_mask.data) {
+        mask_offset[lane] =
+            unit.batch * inputs.attn_mask.batch + head[lane] * inputs.attn_mask.head + query[lane] * inputs.attn_mask.row;
+      }
+      if (problem.has_dropout) {
+        dropout_head[lane] = static_cast<std::uint32_t>(unit.batch * problem.heads_q + head[lane]) * 32u;
+      }
     }
   }
 
