@@ -1,5 +1,5 @@
-// The forward pass: which rows go which way. Few rows read their keys in place (decode.h), somewhat more pack them in cache,
-// many share packed ones (packed_forward.h).
+// The forward pass: which rows go which way. Few rows read their keys in place (decode.h), somewhat more over very many keys
+// divide these (key_runs.h), all others share blocks of packed keys (packed_forward.h).
 
 #include <algorithm>
 #include <iterator>

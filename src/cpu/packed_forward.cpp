@@ -30,6 +30,8 @@ struct UnitWork {
   std::atomic<std::size_t> next_task{0};
   std::atomic<int> helpers{0};  // at work on tasks
 
+  // The index of a task that nobody has started, or more than there are.
+  std::size_t start_task() { return next_task.fetch_add(1, std::memory_order_acq_rel); }
   std::int32_t block_count() const { return block_end - first_block; }
   // Blocks that have memory at once: two where no other task reads them again, else all, and one of the unit before.
   std::int32_t places() const { return rows.size() == 1 ? 2 : block_count() + 1; }
@@ -106,16 +108,34 @@ class PackedForward {
     float* rows = memory + places_ * pass_.packed_block_size;
     PackedRows queries[2] = {{rows}, {rows + rows_size_}};
     std::int32_t first_place = 0;
-    for (UnitWork* next; work; work = next ? next : take_one_of(1)) {
+    while (work) {
       give_memory(*work, memory, first_place);
       first_place = (first_place + (work->rows.size() == 1 ? work->block_count() : 1)) % 2;
-      // The last units are for whoever comes first.
-      next = take_one_of(static_cast<std::size_t>(threads_));
-      if (next && next->block_count() > 0) next->blocks[next->first_block].floats = place(memory, first_place);
-      compute(*work, next, queries, scratch);
+      UnitWork* next = nullptr;
+      for (std::size_t task; (task = work->start_task()) < work->rows.size();) {
+        // By now the other threads have theirs, so that each goes from a head to its neighbour. The last units are for whoever
+        // comes first.
+        if (task + 1 == work->rows.size()) next = take_one_of(static_cast<std::size_t>(threads_));
+        if (next && next->block_count() > 0) next->blocks[next->first_block].floats = place(memory, first_place);
+        compute(*work, task, foreseen(*work, task, next, queries + 1), queries, scratch);
+        std::swap(queries[0], queries[1]);
+      }
       // The next unit takes its memory.
       wait_until([&] { return work->helpers.load(std::memory_order_acquire) == 0; });
+      work = next ? next : take_one_of(1);
     }
+  }
+
+  // What a unit's owner packs beside a task: the first block of its next unit, q of its next task.
+  static Foreseen foreseen(const UnitWork& work, std::size_t task, const UnitWork* next, PackedRows* queries) {
+    Foreseen foreseen;
+    const bool is_last = task + 1 == work.rows.size();
+    const UnitWork* after = is_last ? next : &work;
+    if (after) foreseen.rows = {after->unit, after->rows[is_last ? 0 : task + 1], queries};
+    if (next && next->block_count() > 0) {
+      foreseen.block = {next->unit, next->first_block, next->blocks + next->first_block};
+    }
+    return foreseen;
   }
 
   float* place(float* memory, std::int32_t i) const { return memory + i * pass_.packed_block_size; }
@@ -140,30 +160,18 @@ class PackedForward {
         have_started = false;
         if (!work.has_memory.load(std::memory_order_acquire)) continue;
         work.helpers.fetch_add(1, std::memory_order_relaxed);
-        compute(work, nullptr, nullptr, scratch);
+        for (std::size_t task; (task = work.start_task()) < work.rows.size();) compute(work, task, {}, nullptr, scratch);
         work.helpers.fetch_sub(1, std::memory_order_release);
       }
       return have_started;
     });
   }
 
-  // Runs tasks of a unit until all have started. Its owner packs ahead: the first block of its next unit, q of its next task.
-  void compute(UnitWork& work, const UnitWork* next, PackedRows* queries, float* scratch) const {
+  void compute(const UnitWork& work, std::size_t task, const Foreseen& next, const PackedRows* queries, float* scratch) const {
+    const RowRange rows = work.rows[task];
     const KeyRange all_keys = {0, work.unit->sequence.k.length};
-    for (std::size_t task; (task = work.next_task.fetch_add(1, std::memory_order_acq_rel)) < work.rows.size();) {
-      const bool is_last = task + 1 == work.rows.size();
-      const UnitWork* after = is_last ? next : &work;
-      Foreseen foreseen;
-      if (next && next->block_count() > 0) {
-        foreseen.block = {next->unit, next->first_block, next->blocks + next->first_block};
-      }
-      if (queries && after) foreseen.rows = {after->unit, after->rows[is_last ? 0 : task + 1], queries + 1};
-      const RowRange rows = work.rows[task];
-      level_.forward_rows(pass_,
-                          {work.unit, work.blocks, queries, rows.begin, rows.end, all_keys, true, {nullptr, nullptr}, foreseen},
-                          scratch);
-      if (queries) std::swap(queries[0], queries[1]);
-    }
+    level_.forward_rows(
+        pass_, {work.unit, work.blocks, queries, rows.begin, rows.end, all_keys, true, {nullptr, nullptr}, next}, scratch);
   }
 
   const Kernels& level_;

@@ -1,4 +1,4 @@
-// Forward of units with many rows: their keys are packed once, for all row tasks.
+// Forward of most units: their keys are packed once, for all their row tasks.
 #pragma once
 
 #include <vector>
