@@ -17,6 +17,8 @@
 namespace flash_attn::cpu::FA_LEVEL {
 namespace {
 
+constexpr int task_panels = 4;  // panels of rows that share a key block while it is in cache
+
 // ---- a panel of rows
 
 struct PanelState {

@@ -62,7 +62,8 @@ class TileSoftmax {
   const float* m_;
 };
 
-// The scores of a tile, and P of the one before. Out of line, so that its loop has all registers.
+// The scores of a tile, and P of the one before. Out of line, so that its loop has all registers; `before` by reference, since
+// a copy of what was just written waits for it.
 template <class Operand, int M, int N>
 __attribute__((noinline)) bool score_tile_beside(const float* k, int dim_words, const float* q_transposed, float scale,
                                                  float* scores, TileSoftmax<M, N>& before, SoftmaxState& state,

@@ -173,10 +173,16 @@ struct GradientContext {
   bool as_words;  // P and dS are wanted so, see gradients_are_words
 };
 
+// Whether P is computed beside the product dP.
+template <class Operand>
+inline bool gradients_are_beside(const AttentionProblem& problem) {
+  return BackwardProducts<Operand>::softmax_beside && !problem.has_dropout;
+}
+
 // Whether P and dS become words as soon as there is dP, so that nobody else turns them.
 template <class Operand>
 inline bool gradients_are_words(const AttentionProblem& problem) {
-  return Operand::per_word > 1 && BackwardProducts<Operand>::softmax_beside && !problem.has_dropout;
+  return Operand::per_word > 1 && gradients_are_beside<Operand>(problem);
 }
 
 // S^T, dP^T, P and dS of the panel at `column` of the rows. visit(tile, key) as soon as a tile is ready; `key` is its
@@ -208,7 +214,7 @@ inline void panel_gradients(const GradientContext<Operand>& context, const Block
     const float* v_rows = buffers.v_rows + std::int64_t{key} * dim_v_words;
     const float* lse_log2 = pair.rows.lse_log2 + column;
     const float* delta = pair.rows.delta + column;
-    const bool is_beside = Products::softmax_beside && !problem.has_dropout;
+    const bool is_beside = gradients_are_beside<Operand>(problem);
     if constexpr (Products::softmax_beside) {
       if (is_beside) {
         gradients_beside<Operand, N>(context.products, pair, key, column, v_rows, dim_v_words, dout, lse_log2, delta, tile,

@@ -2,7 +2,6 @@
 // waits for each. All at once would take as long (docs/performance.md).
 #pragma once
 
-#include "cpu/kernels.h"
 #include "cpu/row_panel.h"
 
 namespace flash_attn::cpu::FA_LEVEL {

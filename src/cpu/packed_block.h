@@ -7,6 +7,8 @@
 
 namespace flash_attn::cpu {
 
+struct Unit;
+
 // K and V of a block of a unit's keys.
 struct PackedBlock {
   enum State : std::int32_t { empty, in_work, filled };
@@ -18,7 +20,7 @@ struct PackedBlock {
 // q of a task's rows, for the thread that packed it.
 struct PackedRows {
   float* floats = nullptr;
-  const void* unit = nullptr;  // whose rows they are; null: nobody's yet
+  const Unit* unit = nullptr;  // whose rows they are; null: nobody's yet
   std::int32_t row_begin = 0;
 };
 

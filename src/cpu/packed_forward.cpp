@@ -14,6 +14,7 @@
 #include "cpu/buffer.h"
 #include "cpu/key_runs.h"
 #include "cpu/parallel.h"
+#include "cpu/wait_until.h"
 
 namespace flash_attn::cpu {
 namespace {
@@ -33,8 +34,16 @@ struct UnitWork {
   // The index of a task that nobody has started, or more than there are.
   std::size_t start_task() { return next_task.fetch_add(1, std::memory_order_acq_rel); }
   std::int32_t block_count() const { return block_end - first_block; }
-  // Blocks that have memory at once: two where no other task reads them again, else all, and one of the unit before.
-  std::int32_t places() const { return rows.size() == 1 ? 2 : block_count() + 1; }
+
+  // Where blocks lie: in two places by turns if no other task reads them again, else each in its own, of which the first two
+  // are for units' first blocks. The first one of the next unit is packed while the last one of this unit is in use.
+  bool takes_turns() const { return rows.size() == 1; }
+  std::int32_t places() const { return takes_turns() ? 2 : block_count() + 1; }
+  std::int32_t place_of(std::int32_t block, std::int32_t first) const {
+    if (takes_turns()) return (first + block) % 2;
+    return block == 0 ? first : block + 1;
+  }
+  std::int32_t first_place_after(std::int32_t first) const { return (first + (takes_turns() ? block_count() : 1)) % 2; }
 };
 
 class PackedForward {
@@ -110,7 +119,7 @@ class PackedForward {
     std::int32_t first_place = 0;
     while (work) {
       give_memory(*work, memory, first_place);
-      first_place = (first_place + (work->rows.size() == 1 ? work->block_count() : 1)) % 2;
+      first_place = work->first_place_after(first_place);
       UnitWork* next = nullptr;
       for (std::size_t task; (task = work->start_task()) < work->rows.size();) {
         // By now the other threads have theirs, so that each goes from a head to its neighbour. The last units are for whoever
@@ -140,12 +149,9 @@ class PackedForward {
 
   float* place(float* memory, std::int32_t i) const { return memory + i * pass_.packed_block_size; }
 
-  // The first block's place is not that of the unit's before, which is still in use when the block is packed.
   void give_memory(UnitWork& work, float* memory, std::int32_t first_place) const {
     for (std::int32_t i = 0; i < work.block_count(); ++i) {
-      work.blocks[work.first_block + i].floats = place(memory, work.rows.size() == 1 ? (first_place + i) % 2
-                                                               : i == 0              ? first_place
-                                                                                     : i + 1);
+      work.blocks[work.first_block + i].floats = place(memory, work.place_of(i, first_place));
     }
     work.has_memory.store(true, std::memory_order_release);
   }

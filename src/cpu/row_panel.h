@@ -22,9 +22,6 @@ struct ScoreScale {
         softcap(problem.softcap > 0 ? problem.softcap * log2_e : 0.0f) {}
 };
 
-constexpr int task_panels = 4;  // panels of rows that share a key block while it is in cache
-constexpr int max_task_rows = task_panels * panel_rows;
-
 constexpr int row_granule = 4;  // rows whose visible keys are known together
 
 struct RowPanel {

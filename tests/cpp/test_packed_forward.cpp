@@ -42,7 +42,7 @@ TEST_P(PackedForwardOfCaches, MatchesTheReference) { check(cached_problem(2, 107
 
 const std::vector<Case> tensor_cases = {
     {"full", [](AttentionProblem&, Features&) {}},
-    {"one_head_of_two", [](AttentionProblem& problem, Features&) { problem.heads_k = problem.heads_q; }},
+    {"as_many_kv_heads", [](AttentionProblem& problem, Features&) { problem.heads_k = problem.heads_q; }},
     {"causal", [](AttentionProblem& problem, Features&) { problem.causal = true; }},
     {"window",
      [](AttentionProblem& problem, Features&) {
