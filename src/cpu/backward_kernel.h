@@ -35,7 +35,7 @@ inline void backward_keys(const BackwardPass& pass, const BackwardTask& task, fl
   [[maybe_unused]] const typename Products::Unit unit_in_use;
 
   pack_key_rows<Operand>(pass, reader, unit, keys, buffers);
-  if (task.dq) products.pack_keys(reader, keys, problem.head_dim, buffers.k_rows);
+  if (task.dq) products.pack_keys(keys, problem.head_dim, buffers.k_rows);
   const std::size_t bytes_of_panel = sizeof(float) * static_cast<std::size_t>(keys.size) * dim_panel;
   std::memset(buffers.dk, 0, static_cast<std::size_t>(panels_of(problem.head_dim)) * bytes_of_panel);
   std::memset(buffers.dv, 0, static_cast<std::size_t>(panels_of(problem.head_dim_v)) * bytes_of_panel);

@@ -66,11 +66,19 @@ class BackwardProducts {
     k_panels_ = derivative_ + tile;
   }
 
-  // K as dQ reads it. A row that sees a NaN in K has NaN in dS; a row that does not must not meet it as 0 * NaN.
-  void pack_keys(const KeyReader& reader, KeyBlock keys, int head_dim, const float*) const {
-    pack_panels<Operand>(
-        keys, head_dim, k_panels_, [&](int key, float* row) { return reader.view_key(key, row); },
-        [](Vec k) { return select(is_finite(k), k, Vec{}); });
+  // K as dQ reads it. A row that sees a NaN in K has NaN in dS; a row that does not must not meet it as 0 * NaN. Dims past the
+  // head's are whatever follows the row; nobody reads what becomes of them.
+  void pack_keys(KeyBlock keys, int head_dim, const float* k_rows) const {
+    const std::int64_t panel_stride = std::int64_t{words<Operand>(keys.size)} * dim_panel;
+    const int row_words = words<Operand>(head_dim);
+    float* panels = k_panels_;
+    for (int key = 0; key < keys.size; key += Operand::per_word, panels += dim_panel) {
+      const float* rows[Operand::per_word];
+      for (int i = 0; i < Operand::per_word; ++i) rows[i] = k_rows + std::int64_t{key + i} * row_words;
+      for (int d = 0; d < round_up(head_dim, dim_panel); d += lanes) {
+        store(panels + d / dim_panel * panel_stride + d % dim_panel, Operand::finite(word_of_rows<Operand>(rows, d)));
+      }
+    }
   }
 
   // The seen keys against which a panel has P and dS.
@@ -204,7 +212,7 @@ class BackwardProducts<MatrixOperand> {
     k_dims_ = take(std::int64_t{key_words_} * k_panels_ * dim_panel);
   }
 
-  void pack_keys(const KeyReader&, KeyBlock, int, const float* k_rows) const {
+  void pack_keys(KeyBlock, int, const float* k_rows) const {
     const int dim_words = k_panels_ * matrix_tile;
     for (int first = 0; first < key_words_; first += lanes) {
       const float* rows = k_rows + std::int64_t{2 * first} * dim_words;
@@ -212,7 +220,7 @@ class BackwardProducts<MatrixOperand> {
         Vec block[lanes];
         for (int i = 0; i < lanes; ++i) {
           const float* neighbours[2] = {rows + 2 * i * dim_words, rows + (2 * i + 1) * dim_words};
-          block[i] = finite_halves(word_of_rows<MatrixOperand>(neighbours, d));
+          block[i] = MatrixOperand::finite(word_of_rows<MatrixOperand>(neighbours, d));
         }
         transpose(block);
         for (int i = 0; i < lanes; ++i) store(k_dims_ + std::int64_t{d + i} * key_words_ + first, block[i]);
@@ -299,16 +307,6 @@ class BackwardProducts<MatrixOperand> {
   }
 
  private:
-  // 0 for a half that is not finite.
-  static FA_INLINE Vec finite_halves(Vec word) {
-    constexpr std::int32_t low = 0x7f80;
-    constexpr std::int32_t high = 0x7f800000;
-    const IVec bits = bits_of(word);
-    const IVec keep_low = (bits & low) != low;
-    const IVec keep_high = (bits & high) != high;
-    return from_bits(bits & ((keep_low & 0xffff) | (keep_high & ~0xffff)));
-  }
-
   static constexpr std::int64_t tile_size = std::int64_t{keys_at_once} * panel_rows;
 
   void clear(KeyRange keys, int column, int vectors) const {

@@ -21,6 +21,8 @@ struct Float32Operand {
   static FA_INLINE Vec multiply_add(Vec acc, Vec a, Vec b) { return acc + a * b; }
   // The word of `per_word` neighbours along the depth.
   static FA_INLINE Vec word(const Vec (&neighbours)[per_word]) { return neighbours[0]; }
+  // 0 for a number that is not finite.
+  static FA_INLINE Vec finite(Vec word) { return select(is_finite(word), word, Vec{}); }
 };
 
 // To nearest even; arithmetic makes only quiet NaNs.
@@ -53,6 +55,15 @@ struct Bfloat16Operand {
                                                          8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31));
 #endif
     return from_bits(reinterpret_cast<IVec>((rounded(neighbours[0]) >> 16) | (rounded(neighbours[1]) & 0xffff0000u)));
+  }
+
+  static FA_INLINE Vec finite(Vec word) {
+    constexpr std::int32_t low_exponent = 0x7f80;
+    constexpr std::int32_t high_exponent = 0x7f800000;
+    const IVec bits = bits_of(word);
+    const IVec keep_low = (bits & low_exponent) != low_exponent;
+    const IVec keep_high = (bits & high_exponent) != high_exponent;
+    return from_bits(bits & ((keep_low & 0xffff) | (keep_high & ~0xffff)));
   }
 
   // The word of a's half and b's half at each dim of two rows of bfloat16, for the first or the second four dims of each eight.

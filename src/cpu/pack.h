@@ -18,19 +18,6 @@ constexpr int panels_of(int dim) { return round_up(dim, dim_panel) / dim_panel; 
 // Room for a row of any head dim and the zeros that fill its last panel.
 constexpr int padded_head_dim = max_head_dim + dim_panel;
 
-// One row of words of panels, from rows that have zeros up to a whole panel.
-template <class Operand, class Change>
-inline void scatter_to_panels(const float* const (&rows)[Operand::per_word], int dim, float* panels, std::int64_t panel_stride,
-                              Change change) {
-  for (int d = 0; d < dim; d += dim_panel, panels += panel_stride) {
-    for (int n = 0; n < dim_vectors; ++n) {
-      Vec neighbours[Operand::per_word];
-      for (int i = 0; i < Operand::per_word; ++i) neighbours[i] = change(load(rows[i] + d + n * lanes));
-      store(panels + n * lanes, Operand::word(neighbours));
-    }
-  }
-}
-
 // Keys of a unit's sequence, from position `begin` on.
 struct KeyBlock {
   std::int32_t begin;
@@ -168,18 +155,6 @@ class KeyReader {
   const Unit& unit_;
   KeyRange seen_;
 };
-
-// [dim panels][key words][dim_panel], each value through `change` first. view(key, buffer) gives a row.
-template <class Operand, class View, class Change>
-inline void pack_panels(KeyBlock keys, int dim, float* packed, View view, Change change) {
-  float buffers[Operand::per_word][padded_head_dim];
-  for (int i = 0; i < keys.size; i += Operand::per_word) {
-    const float* rows[Operand::per_word];
-    for (int n = 0; n < Operand::per_word; ++n) rows[n] = view(keys.begin + i + n, buffers[n]);
-    scatter_to_panels<Operand>(rows, dim, packed + std::int64_t{i / Operand::per_word} * dim_panel,
-                               std::int64_t{words<Operand>(keys.size)} * dim_panel, change);
-  }
-}
 
 }  // namespace
 }  // namespace flash_attn::cpu::FA_LEVEL

@@ -1,6 +1,8 @@
 // A block of query rows as backward reads it: Q and dO in both layouts, lse and D. Prepared once, read by every key block.
 #pragma once
 
+#include <new>
+
 #include "cpu/row_words.h"
 
 namespace flash_attn::cpu::FA_LEVEL {
@@ -9,6 +11,7 @@ namespace {
 // Rows of a block: what a product over rows adds up before it touches dK and dV again.
 template <class Operand>
 constexpr int row_block = (Operand::word_granule == 1 ? 2 : 4) * panel_rows;
+constexpr int most_row_panels = 4;
 
 template <class Operand>
 struct RowBlock {
@@ -47,7 +50,7 @@ inline bool sees_keys(const BackwardInputs& saved, const Unit& unit, const RowPa
          saved.lse[panel.offset(unit, saved.lse_strides, lane)] != -__builtin_inff();
 }
 
-// The rows in one vector of a panel, as words; the lanes after the last row repeat it.
+// A vector of the rows of a panel, as words; the lanes after the last row repeat it.
 template <class Operand>
 struct VectorOfRows {
   const float* rows[lanes];
@@ -60,14 +63,47 @@ struct VectorOfRows {
   }
 };
 
+// The rows of a block vector by vector, and the panels in whose lanes they are.
+class RowVectors {
+ public:
+  RowVectors(const BackwardPass& pass, const Unit& unit, int row_begin, int row_end) : unit_(unit) {
+    const auto add = [&](int row, int end) {
+      const RowPanel& panel = *new (panels_ + known_ / panel_vectors) RowPanel(*pass.problem, *pass.inputs, unit, row, end);
+      known_ += panel.vectors;
+    };
+    for (int row = row_begin; row < row_end; row += panel_rows) add(row, row_end);
+    count_ = known_;
+    if (row_end < unit.packed_rows()) add(row_end, unit.packed_rows());
+  }
+
+  int count() const { return count_; }
+  const RowPanel& panel(int vector) const { return panels_[vector / panel_vectors]; }
+  static int first_lane(int vector) { return vector % panel_vectors * lanes; }
+
+  // Asks for a row of a vector, which may be the first of the next block's.
+  FA_INLINE void ask(const ConstTensor& tensor, int dim, int vector, int lane) const {
+    if (vector >= known_) return;
+    const std::int64_t offset = panel(vector).offset(unit_, tensor.strides, first_lane(vector) + lane);
+    fetch_row(element(tensor.data, tensor.dtype, offset), dim * size_of(tensor.dtype));
+  }
+
+ private:
+  const Unit& unit_;
+  int count_ = 0;
+  int known_ = 0;  // with the next block's first panel
+  RowPanel panels_[most_row_panels + 1];
+};
+
 // The vector's rows in panels: zeros after the panel's last row and in a row without a key, whose NaN must not leave it as
-// 0 * NaN.
-template <class Operand>
+// 0 * NaN. before(lane) comes before the words of its row.
+template <class Operand, class Before>
 inline void pack_panels_of_rows(const BackwardInputs& saved, const RowPanel& panel, const Unit& unit, int first_lane,
-                                const VectorOfRows<Operand>& vector, int dim, float* panels, std::int64_t panel_stride) {
+                                const VectorOfRows<Operand>& vector, int dim, float* panels, std::int64_t panel_stride,
+                                Before before) {
   for (int lane = 0; lane < lanes; lane += Operand::per_word, panels += dim_panel) {
     const float* rows[Operand::per_word];
     for (int i = 0; i < Operand::per_word; ++i) {
+      before(lane + i);
       const int of_panel = first_lane + lane + i;
       const bool counts = of_panel < panel.rows && sees_keys(saved, unit, panel, of_panel);
       rows[i] = counts ? vector.rows[lane + i] : words_of_zeros();
@@ -78,21 +114,40 @@ inline void pack_panels_of_rows(const BackwardInputs& saved, const RowPanel& pan
   }
 }
 
-// lse and D of the vector's rows.
+// The vector's rows transposed, [dim words][width]. Words that are of one row are read from `panels`: the caller's rows lie so
+// far apart that they take each other's places in L1.
 template <class Operand>
+inline void transpose_rows(const RowPanel& panel, int first_lane, const VectorOfRows<Operand>& vector, int dim_words,
+                           const float* panels, std::int64_t panel_stride, float* transposed) {
+  const auto store_column = [&](int d, Vec column) { store(transposed + d * panel.width(), column); };
+  if constexpr (Operand::per_word > 1) {
+    visit_columns(vector.rows, dim_words, store_column);
+  } else {
+    for (int dim = 0; dim < dim_words; dim += dim_panel, panels += panel_stride) {
+      const float* rows[lanes];
+      for (int i = 0; i < lanes; ++i) rows[i] = panels + min_of(i, panel.rows - 1 - first_lane) * dim_panel;
+      visit_columns(rows, min_of(dim_panel, dim_words - dim), [&](int d, Vec column) { store_column(dim + d, column); });
+    }
+  }
+}
+
+// lse and D of the vector's rows.
+template <class Operand, class Before>
 inline void prepare_statistics(const BackwardPass& pass, const Unit& unit, const RowPanel& panel, int first_lane,
-                               const VectorOfRows<Operand>& dout, float* lse_log2, float* delta) {
+                               const VectorOfRows<Operand>& dout, float* lse_log2, float* delta, Before before) {
   const BackwardInputs& saved = *pass.saved;
   const int dim = pass.problem->head_dim_v;
-  for (int lane = first_lane; lane < first_lane + lanes; ++lane) {
+  for (int i = 0; i < lanes; ++i) {
+    before(i);
+    const int lane = first_lane + i;
     const float lse = saved.lse[panel.offset(unit, saved.lse_strides, lane)];
     // A row without keys has only masked scores: any finite lse makes their probabilities 0.
-    lse_log2[lane] = lse == -__builtin_inff() ? 0.0f : lse * log2_e;
-    delta[lane] = saved.dlse ? -saved.dlse[panel.offset(unit, saved.dlse_strides, lane)] : 0.0f;
+    lse_log2[i] = lse == -__builtin_inff() ? 0.0f : lse * log2_e;
+    delta[i] = saved.dlse ? -saved.dlse[panel.offset(unit, saved.dlse_strides, lane)] : 0.0f;
     if (!sees_keys(saved, unit, panel, lane)) continue;
     float buffer[padded_head_dim];
     const float* out = view_words<Operand>(saved.out, panel.offset(unit, saved.out.strides, lane), dim, buffer);
-    delta[lane] += dot_of_words<Operand>(dout.rows[lane - first_lane], out, panel_words<Operand>(dim));
+    delta[i] += dot_of_words<Operand>(dout.rows[i], out, panel_words<Operand>(dim));
   }
 }
 
@@ -103,26 +158,25 @@ inline void prepare_rows(const BackwardPass& pass, const Unit& unit, std::int32_
   const RowBlock<Operand> block(problem, memory);
   const std::int64_t panel_stride = words<Operand>(row_block<Operand>) * dim_panel;
   const int row_end = min_of(row_begin + row_block<Operand>, unit.packed_rows());
-  for (int row = row_begin; row < row_end; row += panel_rows) {
-    const RowPanel panel(problem, *pass.inputs, unit, row, row_end);
-    fetch_rows(pass.inputs->q, unit, panel, problem.head_dim);
-    fetch_rows(saved.dout, unit, panel, problem.head_dim_v);
-    fetch_rows(saved.out, unit, panel, problem.head_dim_v);
-    for (int first_lane = 0; first_lane < panel.width(); first_lane += lanes) {
-      const std::int64_t first = row - row_begin;
-      const std::int64_t first_word = (first + first_lane) / Operand::per_word;
-      const auto pack = [&](const VectorOfRows<Operand>& vector, int dim, float* transposed, float* panels) {
-        transposed += first * words<Operand>(dim) + first_lane;
-        visit_columns(vector.rows, words<Operand>(dim),
-                      [&](int d, Vec column) { store(transposed + d * panel.width(), column); });
-        pack_panels_of_rows(saved, panel, unit, first_lane, vector, round_up(dim, dim_panel), panels + first_word * dim_panel,
-                            panel_stride);
-      };
-      pack({panel, unit, pass.inputs->q, first_lane, problem.head_dim}, problem.head_dim, block.q_transposed, block.q_panels);
-      const VectorOfRows<Operand> dout(panel, unit, saved.dout, first_lane, problem.head_dim_v);
-      pack(dout, problem.head_dim_v, block.dout_transposed, block.dout_panels);
-      prepare_statistics(pass, unit, panel, first_lane, dout, block.lse_log2 + first, block.delta + first);
-    }
+  const RowVectors vectors(pass, unit, row_begin, row_end);
+  for (int v = 0; v < vectors.count(); ++v) {
+    const RowPanel& panel = vectors.panel(v);
+    const int first_lane = RowVectors::first_lane(v);
+    const int first = v * lanes;
+    const auto pack = [&](const ConstTensor& tensor, const VectorOfRows<Operand>& vector, int dim, float* transposed,
+                          float* panels) {
+      panels += std::int64_t{first / Operand::per_word} * dim_panel;
+      pack_panels_of_rows(saved, panel, unit, first_lane, vector, round_up(dim, dim_panel), panels, panel_stride,
+                          [&](int lane) FA_INLINE_IF_FAST { vectors.ask(tensor, dim, v + 1, lane); });
+      transpose_rows(panel, first_lane, vector, words<Operand>(dim), panels, panel_stride,
+                     transposed + (first - first_lane) * std::int64_t{words<Operand>(dim)} + first_lane);
+    };
+    pack(pass.inputs->q, {panel, unit, pass.inputs->q, first_lane, problem.head_dim}, problem.head_dim, block.q_transposed,
+         block.q_panels);
+    const VectorOfRows<Operand> dout(panel, unit, saved.dout, first_lane, problem.head_dim_v);
+    pack(saved.dout, dout, problem.head_dim_v, block.dout_transposed, block.dout_panels);
+    prepare_statistics(pass, unit, panel, first_lane, dout, block.lse_log2 + first, block.delta + first,
+                       [&](int lane) FA_INLINE_IF_FAST { vectors.ask(saved.out, problem.head_dim_v, v + 1, lane); });
   }
   // Zeros after the last row, as far as a product over rows reads.
   const int rows = round_up(row_end - row_begin, lanes);
