@@ -9,6 +9,8 @@
 
 #include "cpu/buffer.h"
 #include "cpu/key_runs.h"
+#include "cpu/key_slot.h"
+#include "cpu/page_order.h"
 #include "cpu/sequences.h"
 
 namespace flash_attn::cpu {
@@ -57,19 +59,29 @@ bool suits_decode(const AttentionProblem& problem, const AttentionInputs& inputs
          rows_are_contiguous(inputs.v, problem.head_dim_v);
 }
 
-void decode_sequences(const Kernels& level, const DecodePass& pass, int threads, const std::vector<Sequence>& sequences) {
-  const AttentionProblem& problem = *pass.problem;
+void decode_sequences(const Kernels& level, const DecodePass& call, int threads, std::vector<Sequence> sequences) {
+  const AttentionProblem& problem = *call.problem;
+  if (std::none_of(sequences.begin(), sequences.end(),
+                   [&](const Sequence& x) { return suits_decode(problem, *call.inputs, x); }))
+    return;
+  const PageOrder order(problem, *call.inputs, threads, sequences);
+  const DecodePass pass = {&problem, &order.inputs(), call.outputs};
   std::vector<Unit> units;
   for (std::size_t batch = 0; batch < sequences.size(); ++batch) {
     if (!suits_decode(problem, *pass.inputs, sequences[batch])) continue;
     add_units(problem, *pass.inputs, static_cast<std::int32_t>(batch), sequences[batch], units);
   }
-  if (units.empty()) return;
   // The last heads of a sequence may be fewer than those before them.
   std::int32_t most_rows = 0;
   for (const Unit& unit : units) most_rows = std::max(most_rows, unit.packed_rows());
 
-  const KeyRuns runs(level, problem, units, /*granule=*/1);
+  KeyRuns runs(level, problem, units, /*granule=*/1);
+  // All sequences go through memory together: what the processor reads past the end of one's page may be another's.
+  if (problem.page_size > 0) {
+    runs.start_in_order([&](const KeyRun& run) {
+      return slot_of_key(problem, *pass.inputs, run.unit->sequence, run.unit->batch, run.keys.begin).row;
+    });
+  }
   const std::int64_t scratch_size = (level.decode_scratch_size(pass, most_rows) + 15) / 16 * 16;
   const Buffer scratch = allocate(scratch_size * threads);
   runs.for_each(threads, [&](const KeyRun& run, int slot) {

@@ -11,6 +11,6 @@ namespace flash_attn::cpu {
 bool suits_decode(const AttentionProblem& problem, const AttentionInputs& inputs, const Sequence& sequence);
 
 /// Those of `sequences` that suit.
-void decode_sequences(const Kernels& level, const DecodePass& pass, int threads, const std::vector<Sequence>& sequences);
+void decode_sequences(const Kernels& level, const DecodePass& call, int threads, std::vector<Sequence> sequences);
 
 }  // namespace flash_attn::cpu

@@ -1,6 +1,7 @@
 #include "cpu/key_runs.h"
 
 #include <algorithm>
+#include <numeric>
 
 namespace flash_attn::cpu {
 namespace {
@@ -55,6 +56,8 @@ KeyRuns::KeyRuns(const Kernels& level, const AttentionProblem& problem, const st
     if (ranges.size() > 1) floats += static_cast<std::int64_t>(ranges.size()) * unit.packed_rows() * (row_size + 1);
   }
   first_runs_.push_back(runs_.size());
+  order_.resize(runs_.size());
+  std::iota(order_.begin(), order_.end(), std::size_t{0});
 
   combine_work_ = floats / 8;
   memory_ = allocate(floats);

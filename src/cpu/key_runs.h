@@ -2,6 +2,7 @@
 // (flash-decoding, Dao et al. 2023). Divisions depend on the shape alone, never on threads: so do results.
 #pragma once
 
+#include <algorithm>
 #include <vector>
 
 #include "cpu/buffer.h"
@@ -29,11 +30,20 @@ class KeyRuns {
   /// Divides the keys that each unit sees at multiples of `granule`. The units outlive this.
   KeyRuns(const Kernels& level, const AttentionProblem& problem, const std::vector<Unit>& units, std::int32_t granule);
 
-  /// body(run, slot) for every run.
+  /// Changes the order in which runs start to ascending `place_of(run)`.
+  template <class PlaceOf>
+  void start_in_order(PlaceOf place_of) {
+    std::vector<decltype(place_of(runs_[0]))> places;
+    places.reserve(runs_.size());
+    for (const KeyRun& run : runs_) places.push_back(place_of(run));
+    std::stable_sort(order_.begin(), order_.end(), [&](std::size_t a, std::size_t b) { return places[a] < places[b]; });
+  }
+
+  /// body(run, slot) for every run, at first in order of units and keys.
   template <class Body>
   void for_each(int threads, Body body) const {
     parallel_for(static_cast<std::int64_t>(runs_.size()), threads, work_,
-                 [&](std::int64_t i, int slot) { body(runs_[static_cast<std::size_t>(i)], slot); });
+                 [&](std::int64_t i, int slot) { body(runs_[order_[static_cast<std::size_t>(i)]], slot); });
   }
 
   /// After every run: the results of the units that have several.
@@ -43,6 +53,7 @@ class KeyRuns {
   const Kernels& level_;
   std::vector<KeyRun> runs_;
   std::vector<std::size_t> first_runs_;  // of each unit, and the end
+  std::vector<std::size_t> order_;       // in which runs start
   Nanoseconds work_ = 0;
   Nanoseconds combine_work_ = 0;
   Buffer memory_;

@@ -19,8 +19,10 @@ bool has_large_l1() {
 
 }  // namespace
 
+bool exceeds_caches(std::int64_t bytes) { return bytes > most_in_cache; }
+
 ReadAhead read_ahead_of(std::int64_t bytes) {
-  const bool from_memory = bytes > most_in_cache;
+  const bool from_memory = exceeds_caches(bytes);
   if (has_large_l1()) return from_memory ? ReadAhead::into_l1_from_memory : ReadAhead::into_l1;
   return from_memory ? ReadAhead::into_l2_from_memory : ReadAhead::into_l2;
 }

@@ -9,6 +9,9 @@ namespace flash_attn::cpu {
 // caches.
 enum class ReadAhead : std::uint8_t { into_l2, into_l2_from_memory, into_l1, into_l1_from_memory };
 
+/// Whether so many bytes come from memory.
+bool exceeds_caches(std::int64_t bytes);
+
 /// For so many bytes of keys and values. An L1 that the system does not tell of counts as small.
 ReadAhead read_ahead_of(std::int64_t bytes);
 
