@@ -1,11 +1,11 @@
 // Decode: how a sequence's heads and keys are divided into tasks. Arithmetic is in decode_kernel.h.
 //
-// A task takes the kv heads that lie side by side in memory, so that it walks the cache in order, and a run of keys.
+// A task takes several kv heads, so that it walks a cache in order where these lie side by side and what it does for a block of
+// keys is shared, and a run of keys.
 
 #include "cpu/decode.h"
 
 #include <algorithm>
-#include <cstdlib>
 
 #include "cpu/buffer.h"
 #include "cpu/key_runs.h"
@@ -22,19 +22,16 @@ std::int32_t max_rows_of_head(DType key_dtype) { return key_dtype == DType::bflo
 // O of a task stays in L2.
 constexpr std::int64_t max_output_elements = 32 * 1024;
 
-std::int32_t kv_heads_of_task(const AttentionProblem& problem, const AttentionInputs& inputs, std::int32_t rows_of_head) {
-  const bool heads_are_inner = std::llabs(inputs.k.strides.head) <= std::llabs(inputs.k.strides.seq);
-  if (!heads_are_inner) return 1;
+std::int32_t kv_heads_of_task(const AttentionProblem& problem, std::int32_t rows_of_head) {
   const std::int64_t fits = std::min<std::int64_t>(max_decode_rows / rows_of_head,
                                                    max_output_elements / (std::int64_t{rows_of_head} * problem.head_dim_v));
   return static_cast<std::int32_t>(std::clamp<std::int64_t>(fits, 1, problem.heads_k));
 }
 
-void add_units(const AttentionProblem& problem, const AttentionInputs& inputs, std::int32_t batch, const Sequence& sequence,
-               std::vector<Unit>& units) {
+void add_units(const AttentionProblem& problem, std::int32_t batch, const Sequence& sequence, std::vector<Unit>& units) {
   const MaskRule rule = problem.mask_rule(sequence.q.length, sequence.k.length);
   const std::int32_t group = problem.group();
-  const std::int32_t at_once = kv_heads_of_task(problem, inputs, sequence.q.length * group);
+  const std::int32_t at_once = kv_heads_of_task(problem, sequence.q.length * group);
   for (std::int32_t head = 0; head < problem.heads_k; head += at_once) {
     units.push_back({batch, head, std::min(at_once, problem.heads_k - head), head * group, group, sequence, rule});
   }
@@ -69,7 +66,7 @@ void decode_sequences(const Kernels& level, const DecodePass& call, int threads,
   std::vector<Unit> units;
   for (std::size_t batch = 0; batch < sequences.size(); ++batch) {
     if (!suits_decode(problem, *pass.inputs, sequences[batch])) continue;
-    add_units(problem, *pass.inputs, static_cast<std::int32_t>(batch), sequences[batch], units);
+    add_units(problem, static_cast<std::int32_t>(batch), sequences[batch], units);
   }
   // The last heads of a sequence may be fewer than those before them.
   std::int32_t most_rows = 0;

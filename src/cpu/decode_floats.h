@@ -56,7 +56,7 @@ struct FloatProducts {
     StepWeights<float, ValuesLater> weights;
     const auto visit = [&](int step, int head, const KeyRows<v_dtype, ValuesLater>& values,
                            ValuesLater later) FA_INLINE_IF_FAST {
-      if (head == 0) weights.find(state.scores, stride, keys.count, step);
+      weights.find(state.scores, stride, keys.count, step);
       for_each_row_tile(rows, [&](int tile, auto count) FA_INLINE_IF_FAST {
         const int row = head * rows + tile;
         const float* rescale = step == 0 ? state.alpha + row : nullptr;

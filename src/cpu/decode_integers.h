@@ -61,7 +61,7 @@ struct IntegerProducts {
     const auto* p = reinterpret_cast<const std::int32_t*>(state.scores);
     StepWeights<std::int32_t, ValuesLater> weights;
     const auto visit = [&](int step, int head, const ByteRows<ValuesLater>& values, ValuesLater later) FA_INLINE_IF_FAST {
-      if (head == 0) weights.find(p, sizes.score_stride, keys.count, step);
+      weights.find(p, sizes.score_stride, keys.count, step);
       const BlockSums block = {state.sums, state.o, sizes.o_stride, state.alpha, state.row_units, step == 0, step == steps - 1};
       for_each_row_tile(rows, [&](int tile, auto count) FA_INLINE_IF_FAST {
         add_integer_values<count>(values, later, weights, head * rows + tile, v.dim, block);

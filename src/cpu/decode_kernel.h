@@ -115,16 +115,22 @@ inline void decode_numbers(const DecodePass& pass, const DecodeTask& task, float
   }
 }
 
+inline bool suits_small_l1(ReadAhead read_ahead) {
+  return read_ahead == ReadAhead::into_l2 || read_ahead == ReadAhead::into_l2_from_memory;
+}
+
 inline void decode_integers(const DecodePass& pass, const DecodeTask& task, float* scratch) {
-  const bool into_l2 = task.read_ahead == ReadAhead::into_l2 || task.read_ahead == ReadAhead::into_l2_from_memory;
-  if (into_l2) return decode_rows<IntegerProducts<StreamsIntoL2>>(pass, task, scratch);
+  if (suits_small_l1(task.read_ahead)) return decode_rows<IntegerProducts<StreamsIntoL2>>(pass, task, scratch);
   decode_rows<IntegerProducts<StreamsIntoL1>>(pass, task, scratch);
 }
 
-// Codes take longer to turn into float32 than to arrive: one instance does for any cache.
+// Codes take longer to turn into float32 than to arrive: from memory as from a cache.
 template <DType k_dtype, DType v_dtype>
 inline void decode_codes(const DecodePass& pass, const DecodeTask& task, float* scratch) {
-  decode_rows<FloatProducts<StreamsIntoL2, StreamsIntoL2, k_dtype, v_dtype>>(pass, task, scratch);
+  if (suits_small_l1(task.read_ahead)) {
+    return decode_rows<FloatProducts<StreamsIntoL2, StreamsIntoL2, k_dtype, v_dtype>>(pass, task, scratch);
+  }
+  decode_rows<FloatProducts<StreamsIntoL1, StreamsIntoL1, k_dtype, v_dtype>>(pass, task, scratch);
 }
 
 // Of the dtypes of a cache, only the two with MLX's codes may be mixed.

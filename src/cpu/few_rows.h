@@ -73,9 +73,12 @@ template <class Word, class Later>
 struct StepWeights {
   const Word* of_key[Later::rows];
   int keys;
+  int found = -1;  // step
 
   // p [key][row] of a block.
   FA_INLINE void find(const Word* p, std::int64_t stride, int keys_of_block, int step) {
+    if (step == found) return;
+    found = step;
     keys = 0;
     for (int row = 0; row < Later::rows; ++row) {
       const int key = Later::key_of(row, step, Later::steps(keys_of_block));

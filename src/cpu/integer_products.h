@@ -15,8 +15,8 @@ namespace {
 template <class Later>
 class ByteRows {
  public:
-  FA_INLINE ByteRows(const auto& block, int step, Along along)
-      : places_(block.source, block.keys, step, block.first_head), step_(places_.bytes_to_next(along)) {}
+  FA_INLINE ByteRows(const auto& block, int step, int head, Along along)
+      : places_(block.source, block.keys, step, block.first_head + head), step_(places_.bytes_to_next(along)) {}
   FA_INLINE void next() { offset_ += step_; }
 
   FA_INLINE Bytes load(int row, int d) const { return load_bytes(places_.of_first_head[row] + (offset_ + d)); }

@@ -24,6 +24,9 @@ inline KeyTensor values_of(const AttentionProblem& problem, const AttentionInput
   return {&inputs.v, &inputs.cache.v, problem.head_dim_v};
 }
 
+// Of a row of MLX's codes.
+inline int groups_of(const KeyTensor& source) { return source.dim / quantization_group; }
+
 inline const char* first_element(const KeyTensor& source, KeySlot slot, std::int32_t head) {
   const ConstTensor& tensor = *source.tensor;
   return slot.exists() ? element(tensor.data, tensor.dtype, slot.offset(tensor.strides, head)) : zero_row;
@@ -180,7 +183,7 @@ requires(is_affine(dtype)) class KeyRow<dtype> {
   FA_INLINE KeyRow(const KeyTensor& source, KeySlot slot, std::int32_t head, Along along, GroupNumbers numbers)
       : row_(first_element(source, slot, head)),
         step_(step_bytes(source, slot, along)),
-        groups_(source.dim / quantization_group),
+        groups_(groups_of(source)),
         numbers_(numbers) {}
   FA_INLINE void next() {
     row_ += step_;
@@ -219,7 +222,7 @@ requires(is_affine(dtype)) class KeyRow<dtype> {
 inline void read_numbers_of_keys(const KeyTensor& source, KeySlot slot, std::int32_t keys, std::int32_t head,
                                  std::int32_t heads, float* scales, float* biases) {
   const ConstQuantization& quantization = *source.quantization;
-  const int groups = source.dim / quantization_group;
+  const int groups = groups_of(source);
   read_group_numbers(quantization.dtype, quantization.scales, quantization.scale_strides, slot, keys, head, heads, groups,
                      scales);
   read_group_numbers(quantization.dtype, quantization.biases, quantization.bias_strides, slot, keys, head, heads, groups,

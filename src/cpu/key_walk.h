@@ -25,15 +25,20 @@ struct KeySlots {
   }
 };
 
+// Heads of the unit whose rows of a key lie side by side: all, or in caches head after head one.
+inline int heads_side_by_side(const Unit& unit, const KeyTensor& source) {
+  return heads_are_inner(*source.tensor) ? unit.kv_heads : 1;
+}
+
 // The rows of a step.
 template <DType dtype, class Later>
 struct KeyRows {
   KeyRow<dtype> row[Later::rows];
 
-  FA_INLINE KeyRows(const auto& block, int step, Along along) {
+  FA_INLINE KeyRows(const auto& block, int step, int head, Along along) {
     const int steps = Later::steps(block.keys.count);
     for (int i = 0; i < Later::rows; ++i) {
-      row[i] = block.row(Later::key_of(i, step, steps), along);
+      row[i] = block.row(Later::key_of(i, step, steps), head, along);
       if constexpr (Later::depth > 1) row[i].go_by(along == Along::keys ? Later::depth : 1);
     }
   }
@@ -42,8 +47,9 @@ struct KeyRows {
   }
 };
 
-// The rows of a block's keys, of the unit's first head. Where they are MLX's codes, the numbers of all heads are read first, to
-// `numbers`: scales[max_decode_block][head][group], then biases alike.
+// The rows of a block's keys, of one of the unit's heads. Where they are MLX's codes, the numbers of all heads are read first,
+// to `numbers`: scales, then biases alike, in the order of memory: [max_decode_block][head][group] or
+// [head][max_decode_block][group].
 template <DType dtype>
 struct BlockRows {
   static constexpr DType row_dtype = dtype;
@@ -56,7 +62,9 @@ struct BlockRows {
 
   BlockRows(const DecodePass&, const Unit& unit, const KeyTensor& tensor, const KeySlots& slots, float*)
       : source(tensor), keys(slots), first_head(unit.kv_head) {}
-  FA_INLINE KeyRow<dtype> row(int key, Along along) const { return {source, keys.slots[key], first_head, along}; }
+  FA_INLINE KeyRow<dtype> row(int key, int head, Along along) const {
+    return {source, keys.slots[key], first_head + head, along};
+  }
 };
 
 template <DType dtype>
@@ -69,6 +77,7 @@ requires(is_affine(dtype)) struct BlockRows<dtype> {
   const KeySlots& keys;
   std::int32_t first_head;
   std::int64_t numbers_of_key;
+  std::int64_t numbers_of_head;
   const float* scales;
   const float* biases;
 
@@ -76,19 +85,24 @@ requires(is_affine(dtype)) struct BlockRows<dtype> {
       : source(tensor),
         keys(slots),
         first_head(unit.kv_head),
-        numbers_of_key(std::int64_t{unit.kv_heads} * (tensor.dim / quantization_group)),
+        numbers_of_key(std::int64_t{heads_side_by_side(unit, tensor)} * groups_of(tensor)),
+        numbers_of_head(std::int64_t{heads_side_by_side(unit, tensor) == unit.kv_heads ? 1 : max_decode_block} *
+                        groups_of(tensor)),
         scales(numbers),
-        biases(numbers + max_decode_block * numbers_of_key) {
+        biases(numbers + std::int64_t{max_decode_block} * unit.kv_heads * groups_of(tensor)) {
+    const int heads = heads_side_by_side(unit, tensor);
     for_each_stretch(*pass.problem, *pass.inputs, unit.sequence, unit.batch, {keys.begin, keys.begin + keys.count},
                      [&](std::int32_t key, std::int32_t stretch, KeySlot slot) {
-                       float* first = numbers + (key - keys.begin) * numbers_of_key;
-                       read_numbers_of_keys(source, slot, stretch, unit.kv_head, unit.kv_heads, first,
-                                            first + max_decode_block * numbers_of_key);
+                       for (int head = 0; head < unit.kv_heads; head += heads) {
+                         const std::int64_t first = (key - keys.begin) * numbers_of_key + head * numbers_of_head;
+                         read_numbers_of_keys(source, slot, stretch, unit.kv_head + head, heads, numbers + first,
+                                              numbers + (biases - scales) + first);
+                       }
                      });
   }
-  FA_INLINE KeyRow<dtype> row(int key, Along along) const {
-    const std::int64_t first = min_of(key, keys.count - 1) * numbers_of_key;
-    return {source, keys.slots[key], first_head, along, {scales + first, biases + first}};
+  FA_INLINE KeyRow<dtype> row(int key, int head, Along along) const {
+    const std::int64_t first = min_of(key, keys.count - 1) * numbers_of_key + head * numbers_of_head;
+    return {source, keys.slots[key], first_head + head, along, {scales + first, biases + first}};
   }
 };
 
@@ -113,12 +127,12 @@ struct RowPlaces {
   FA_INLINE std::int64_t bytes_to_next(Along along) const { return along == Along::keys ? step_bytes : head_bytes; }
 };
 
-// The first and the last line of each stream of a block: they may lie in other pages of memory, whose addresses take time to
-// find. All at once, so that this time passes once.
+// The first and the last line of each stream of a block's heads: they may lie in other pages of memory, whose addresses take
+// time to find. All at once, so that this time passes once.
 template <class Later, DType dtype>
-FA_INLINE void ask_for_block(const Unit& unit, const KeyTensor& source, const KeySlots& keys) {
-  const RowPlaces<Later> first(source, keys, 0, unit.kv_head);
-  const RowPlaces<Later> last(source, keys, max_of(Later::steps(keys.count) - 1, 0), unit.kv_head + unit.kv_heads - 1);
+FA_INLINE void ask_for_block(const KeyTensor& source, const KeySlots& keys, std::int32_t first_head, std::int32_t heads) {
+  const RowPlaces<Later> first(source, keys, 0, first_head);
+  const RowPlaces<Later> last(source, keys, max_of(Later::steps(keys.count) - 1, 0), first_head + heads - 1);
   Later{first.of_first_head, 0}.template ask<Later::rows>(0);
   Later{last.of_first_head, 0}.template ask<Later::rows>(row_bytes<dtype>(source.dim) - 1);
 }
@@ -139,46 +153,67 @@ FA_INLINE bool are_side_by_side(const KeySlots& keys, int step, int count) {
   return true;
 }
 
-// visit(step, head, rows, later) for all rows of a block, the heads of one step after the other. `later` is what the visitor
-// asks for while it reads `rows`, a line for every line: the same streams, Later::bytes_ahead on, then the first steps
-// of `next`. At this steady rate memory works while the arithmetic does; in bursts, or without, it waits (docs/performance.md).
-// Where there is one head, as in caches head after head, the next steps take the place of the next heads: so several rows
-// share the finding of the first.
+// What is read after some heads of a block's keys: others, or another block.
+struct NextRows {
+  const KeyTensor& source;
+  const KeySlots& keys;
+  std::int32_t first_head;
+  std::int32_t heads;  // side by side
+};
+
+// As walk(), for `heads` heads side by side from the unit's head `first_head` on.
 template <class Later, class Block, class Visit>
-FA_INLINE void walk(const Unit& unit, const Block& block, const KeyTensor& next_source, const KeySlots& next_keys,
-                    Visit visit) {
+FA_INLINE void walk_heads(const Block& block, int first_head, int heads, const NextRows& next, Visit visit) {
   constexpr DType dtype = Block::row_dtype;
   const KeyTensor& source = block.source;
   const KeySlots& keys = block.keys;
   const auto bytes = static_cast<int>(row_bytes<dtype>(source.dim));
   const int heads_ahead = max_of(1, Later::bytes_ahead / max_of(1, bytes));
-  const int steps_ahead = heads_ahead / unit.kv_heads;
-  const int heads_left = heads_ahead % unit.kv_heads;
+  const int steps_ahead = heads_ahead / heads;
+  const int heads_left = heads_ahead % heads;
   const int steps = Later::steps(keys.count);
-  const int last_of_next = max_of(Later::steps(next_keys.count) - 1, 0);
+  const int last_of_next = max_of(Later::steps(next.keys.count) - 1, 0);
   const auto places_at = [&](int step) {
-    if (step < steps) return RowPlaces<Later>(source, keys, step, unit.kv_head);
-    return RowPlaces<Later>(next_source, next_keys, min_of(step - steps, last_of_next), unit.kv_head);
+    if (step < steps) return RowPlaces<Later>(source, keys, step, block.first_head + first_head);
+    return RowPlaces<Later>(next.source, next.keys, min_of(step - steps, last_of_next), next.first_head);
   };
   RowPlaces<Later> next_ahead = places_at(steps_ahead);
   int steps_now = 1;
   for (int step = 0; step < steps; step += steps_now) {
-    steps_now = unit.kv_heads == 1 && are_side_by_side<Later>(keys, step, steps_at_once) ? steps_at_once : 1;
+    steps_now = heads == 1 && are_side_by_side<Later>(keys, step, steps_at_once) ? steps_at_once : 1;
     const Along along = steps_now == 1 ? Along::heads : Along::keys;
     const int ask_at = steps - keys_before_block / Later::depth;
-    if (step <= ask_at && ask_at < step + steps_now) ask_for_block<Later, dtype>(unit, next_source, next_keys);
+    if (step <= ask_at && ask_at < step + steps_now) {
+      ask_for_block<Later, dtype>(next.source, next.keys, next.first_head, next.heads);
+    }
     const RowPlaces<Later> ahead = next_ahead;
     next_ahead = places_at(step + steps_ahead + steps_now);
-    typename Block::template StepRows<Later> rows(block, step, along);
-    const int count = unit.kv_heads * steps_now;
+    typename Block::template StepRows<Later> rows(block, step, first_head, along);
+    const int count = heads * steps_now;
     for (int row = 0; row < count; ++row) {
       const bool is_step = along == Along::keys;
-      const bool is_ahead = is_step || row + heads_left < unit.kv_heads;
+      const bool is_ahead = is_step || row + heads_left < heads;
       const RowPlaces<Later>& place = is_ahead ? ahead : next_ahead;
-      const std::int64_t offset = (row + heads_left - (is_ahead ? 0 : unit.kv_heads)) * place.bytes_to_next(along);
-      visit(is_step ? step + row : step, is_step ? 0 : row, rows, Later{place.of_first_head, offset});
+      const std::int64_t offset = (row + heads_left - (is_ahead ? 0 : heads)) * place.bytes_to_next(along);
+      visit(is_step ? step + row : step, is_step ? first_head : first_head + row, rows, Later{place.of_first_head, offset});
       if (row + 1 < count) rows.next();
     }
+  }
+}
+
+// visit(step, head, rows, later) for all rows of a block in the order of memory: the heads of one step after the other, or, in
+// caches head after head, the steps of one head. `later` is what the visitor asks for while it reads `rows`, a line for every
+// line: the same streams, Later::bytes_ahead on, then the first steps of `next`. At this steady rate memory works while the
+// arithmetic does; in bursts, or without, it waits (docs/performance.md). Where there is one head, the next steps take the
+// place of the next heads: so several rows share the finding of the first.
+template <class Later, class Block, class Visit>
+FA_INLINE void walk(const Unit& unit, const Block& block, const KeyTensor& next_source, const KeySlots& next_keys,
+                    Visit visit) {
+  const int heads = heads_side_by_side(unit, block.source);
+  const NextRows next_block = {next_source, next_keys, unit.kv_head, heads_side_by_side(unit, next_source)};
+  for (int head = 0; head < unit.kv_heads; head += heads) {
+    const NextRows next_heads = {block.source, block.keys, unit.kv_head + head + heads, heads};
+    walk_heads<Later>(block, head, heads, head + heads < unit.kv_heads ? next_heads : next_block, visit);
   }
 }
 

@@ -140,6 +140,12 @@ const std::vector<Case> all_cache_cases = {
      [](AttentionProblem&, Features& features) {
        features.cache.batch_idx = {-1, 2};
      }},
+    {"heads_first", [](AttentionProblem&, Features& features) { features.k = features.v = Layout::heads_first; }},
+    {"pages_whose_values_are_heads_first",
+     [](AttentionProblem& problem, Features& features) {
+       make_pages(problem, features, 16);
+       features.v = Layout::heads_first;
+     }},
     {"pages_of_1", [](AttentionProblem& problem, Features& features) { make_pages(problem, features, 1); }},
     {"pages_of_7",
      [](AttentionProblem& problem, Features& features) {
