@@ -26,7 +26,7 @@ struct ConstTensor {
 };
 
 /// Whether a row's heads lie side by side, and not a head's rows.
-inline bool heads_are_inner(const ConstTensor& tensor) {
+static inline bool heads_are_inner(const ConstTensor& tensor) {
   const auto distance = [](std::int64_t stride) { return stride < 0 ? -stride : stride; };
   return distance(tensor.strides.head) <= distance(tensor.strides.seq);
 }

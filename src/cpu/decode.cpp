@@ -76,6 +76,7 @@ void decode_sequences(const Kernels& level, const DecodePass& call, int threads,
   // All sequences go through memory together: what the processor reads past the end of one's page may be another's.
   if (problem.page_size > 0) {
     runs.start_in_order([&](const KeyRun& run) {
+      if (run.keys.begin >= run.keys.end) return std::int32_t{-1};  // its first key may lie past the table
       return slot_of_key(problem, *pass.inputs, run.unit->sequence, run.unit->batch, run.keys.begin).row;
     });
   }
