@@ -21,13 +21,16 @@ struct Entries {
   std::int32_t end;
 };
 
+std::int32_t pages_up_to(const AttentionProblem& problem, std::int64_t slot) {
+  return static_cast<std::int32_t>((slot + problem.page_size - 1) / problem.page_size);
+}
+
 // Pages whose keys every row of the sequence sees.
 Entries interchangeable(const AttentionProblem& problem, const Sequence& sequence) {
   const MaskRule rule = problem.mask_rule(sequence.q.length, sequence.k.length);
   const std::int64_t begin = sequence.k.begin + std::int64_t{visible_keys(rule, rule.seqlen_q - 1).begin};
   const std::int64_t end = sequence.k.begin + std::int64_t{visible_keys(rule, 0).end};
-  return {static_cast<std::int32_t>((begin + problem.page_size - 1) / problem.page_size),
-          static_cast<std::int32_t>(end / problem.page_size)};
+  return {pages_up_to(problem, begin), static_cast<std::int32_t>(end / problem.page_size)};
 }
 
 // As if elements were float32, so that all dtypes have one limit.
@@ -75,7 +78,7 @@ PageOrder::PageOrder(const AttentionProblem& problem, const AttentionInputs& inp
   parallel_for(static_cast<std::int64_t>(sequences.size()), threads, pages_to_sort * time_to_sort_page,
                [&](std::int64_t i, int) {
                  Sequence& sequence = sequences[static_cast<std::size_t>(i)];
-                 const std::int32_t in_use = (sequence.k.begin + sequence.k.length + problem.page_size - 1) / problem.page_size;
+                 const std::int32_t in_use = pages_up_to(problem, std::int64_t{sequence.k.begin} + sequence.k.length);
                  std::int32_t* table = block_table_.get() + i * blocks;
                  std::copy_n(inputs.cache.block_table + sequence.cache_row * blocks, in_use, table);
                  sequence.cache_row = static_cast<std::int32_t>(i);
