@@ -104,7 +104,8 @@ def flash_attn_with_kvcache(
         cache_batch_idx: int32 (batch,): the row of the caches, or of block_table, of each sequence; None: in order.
         cache_leftpad: int32 (batch,): slots before a sequence's first key.
         block_table: int32 (batch, blocks): slot s is row s % page_size of page block_table[b, s // page_size]. Keys of an entry
-            of -1 are invisible, and what is appended to it is dropped.
+            of -1 are invisible, and what is appended to it is dropped. Long sequences are read in the order of their pages in
+            memory on a CPU: which pages they have changes how a result is rounded.
         rotary_interleaved: pairs (0, 1), (2, 3), ..; else (t, t + rotary_dim / 2).
         num_splits: parts of the keys that are computed apart and combined; 0: by shape, 1: none.
         cu_seqlens_q, max_seqlen_q: int32 (batch + 1,) and a bound: q is packed.
