@@ -21,6 +21,10 @@ inline std::int64_t packed_block_size(const AttentionProblem& problem, std::int3
   return packed_keys_size(problem, key_block) + std::int64_t{key_block} * round_up(problem.head_dim_v, dim_panel);
 }
 
+inline BlockParts parts_of_block(const ForwardPass& pass, float* floats) {
+  return {floats, floats + packed_keys_size(*pass.problem, pass.key_block)};
+}
+
 // K, or K and V with qv; bfloat16 pairs lie in K as they do in its words.
 template <class Operand>
 inline void pack_scored_rows(const AttentionProblem& problem, const KeyReader& reader, KeyBlock keys, float* packed) {
@@ -43,9 +47,9 @@ inline void pack_keys_values(const ForwardPass& pass, const Unit& unit, std::int
   const AttentionProblem& problem = *pass.problem;
   const KeyBlock keys = {block * pass.key_block, pass.key_block};
   const KeyReader reader(problem, *pass.inputs, unit);
-  pack_scored_rows<Operand>(problem, reader, keys, packed);
-  pack_value_panels<Operand>(reader, values_of(problem, *pass.inputs), unit, keys,
-                             packed + packed_keys_size(problem, pass.key_block));
+  const BlockParts parts = parts_of_block(pass, packed);
+  pack_scored_rows<Operand>(problem, reader, keys, parts.k);
+  pack_value_panels<Operand>(reader, values_of(problem, *pass.inputs), unit, keys, parts.v);
 }
 
 // Those of the task's unit, which other threads pack, too, or two of its own in turn.
@@ -63,16 +67,16 @@ class TaskBlocks {
   std::int32_t begin() const { return begin_; }
   std::int32_t end() const { return end_; }
 
-  // The block's floats, and from now on the next block is packed beside products, up to leave().
-  const float* enter(std::int32_t block) {
-    const float* floats = packed(block);
+  // The block, and from now on the next one is packed beside products, up to leave().
+  BlockParts enter(std::int32_t block) {
+    const BlockParts parts = parts_of_block(pass_, packed(block));
     if (block + 1 < end_) {
       if (!task_.blocks) place_of(block + 1).state = PackedBlock::empty;  // the block before is done with
       begin_filling_ahead(*task_.unit, block + 1, place_of(block + 1));
     } else if (const auto& next = task_.next.block; next.unit) {
       begin_filling_ahead(*next.unit, next.index, *next.packed);
     }
-    return floats;
+    return parts;
   }
   void leave() {
     if (!filling_) return;
@@ -85,7 +89,7 @@ class TaskBlocks {
   PackedBlock& place_of(std::int32_t block) { return task_.blocks ? task_.blocks[block] : own_[block % 2]; }
 
   // By whoever gets to it first; while another thread is at work on it, the task's other blocks are packed.
-  const float* packed(std::int32_t block) {
+  float* packed(std::int32_t block) {
     const PackedBlock& wanted = place_of(block);
     const std::int32_t end = task_.blocks ? end_ : block + 1;
     for (std::int32_t i = block; i < end && state_of(wanted) != PackedBlock::filled; ++i) {
@@ -103,8 +107,7 @@ class TaskBlocks {
     if (state_of(block) != PackedBlock::empty) return;
     if (!ahead_.can_copy(problem, *pass_.inputs, unit, keys)) return ahead_.ask_for_block(problem, *pass_.inputs, unit, keys);
     if (!begin_filling(block)) return;
-    ahead_.copy_block(problem, *pass_.inputs, unit, keys,
-                      {block.floats, block.floats + packed_keys_size(problem, pass_.key_block)});
+    ahead_.copy_block(problem, *pass_.inputs, unit, keys, parts_of_block(pass_, block.floats));
     filling_ = &block;
   }
 

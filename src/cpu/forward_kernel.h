@@ -34,7 +34,7 @@ template <class Operand>
 struct BlockContext {
   const ForwardPass* pass;
   const ForwardTask* task;
-  const float* packed;     // the block's K, then V
+  BlockParts parts;
   std::int32_t key_begin;  // position of the block's first key
   ScoreContext scores;
   const ScoreSteps* steps;
@@ -52,9 +52,8 @@ inline void attend(const BlockContext<Operand>& block, const RowPanel& panel, Pa
   if (begin >= end) return;
   const int dim_words = words<Operand>(problem.scored_dims());
   const ScoreTile tile = {block.tile, N * lanes, end - begin, block.key_begin + begin};
-  const float* k = block.packed + std::int64_t{begin} * dim_words;
-  const float* v =
-      block.packed + packed_keys_size(problem, block.pass->key_block) + std::int64_t{begin / Operand::per_word} * dim_panel;
+  const float* k = block.parts.k + std::int64_t{begin} * dim_words;
+  const float* v = block.parts.v + std::int64_t{begin / Operand::per_word} * dim_panel;
   const std::int64_t v_panel_stride = std::int64_t{words<Operand>(block.pass->key_block)} * dim_panel;
 
   using Products = ForwardProducts<Operand>;
@@ -150,11 +149,11 @@ inline void forward_rows(const ForwardPass& pass, const ForwardTask& task, float
   some = {max_of(some.begin, task.keys.begin), min_of(some.end, task.keys.end)};
   TaskBlocks<Operand> blocks(pass, task, some, take(TaskBlocks<Operand>::own_size(pass)), ahead);
   for (std::int32_t block = blocks.begin(); block < blocks.end(); ++block) {
-    const float* packed = blocks.enter(block);
+    const BlockParts parts = blocks.enter(block);
     const BlockContext<Operand> context = {
         &pass,
         &task,
-        packed,
+        parts,
         block * pass.key_block,
         {&problem, &inputs, &unit, scale, mask_rows, round_up(pass.key_block, lanes), nullptr},
         &steps,
