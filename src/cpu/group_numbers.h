@@ -30,6 +30,7 @@ inline void read_group_numbers(DType dtype, const void* data, const Strides& str
   };
   const bool heads_are_dense = (groups == 1 || strides.dim == 1) && (heads == 1 || strides.head == groups);
   if (heads_are_dense && strides.seq == of_key) return read(0, 0, 1, keys * of_key);
+  // One at a time, as int8's scales in caches head after head, without a call for each.
   if (groups == 1 && dtype == DType::float32) {
     const auto* numbers = reinterpret_cast<const float*>(element(data, dtype, slot.offset(strides, head)));
     for (std::int32_t key = 0; key < keys; ++key, numbers += strides.seq) {

@@ -94,9 +94,9 @@ requires(is_affine(dtype)) struct BlockRows<dtype> {
     for_each_stretch(*pass.problem, *pass.inputs, unit.sequence, unit.batch, {keys.begin, keys.begin + keys.count},
                      [&](std::int32_t key, std::int32_t stretch, KeySlot slot) {
                        for (int head = 0; head < unit.kv_heads; head += heads) {
-                         const std::int64_t first = (key - keys.begin) * numbers_of_key + head * numbers_of_head;
-                         read_numbers_of_keys(source, slot, stretch, unit.kv_head + head, heads, numbers + first,
-                                              numbers + (biases - scales) + first);
+                         float* first = numbers + (key - keys.begin) * numbers_of_key + head * numbers_of_head;
+                         read_numbers_of_keys(source, slot, stretch, unit.kv_head + head, heads, first,
+                                              first + (biases - scales));
                        }
                      });
   }

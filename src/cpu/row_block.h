@@ -10,8 +10,9 @@ namespace {
 
 // Rows of a block: what a product over rows adds up before it touches dK and dV again.
 template <class Operand>
-constexpr int row_block = (Operand::word_granule == 1 ? 2 : 4) * panel_rows;
-constexpr int most_row_panels = 4;
+constexpr int row_block_panels = Operand::word_granule == 1 ? 2 : 4;
+template <class Operand>
+constexpr int row_block = row_block_panels<Operand>* panel_rows;
 
 template <class Operand>
 struct RowBlock {
@@ -64,6 +65,7 @@ struct VectorOfRows {
 };
 
 // The rows of a block vector by vector, and the panels in whose lanes they are.
+template <class Operand>
 class RowVectors {
  public:
   RowVectors(const BackwardPass& pass, const Unit& unit, int row_begin, int row_end) : unit_(unit) {
@@ -91,7 +93,7 @@ class RowVectors {
   const Unit& unit_;
   int count_ = 0;
   int known_ = 0;  // with the next block's first panel
-  RowPanel panels_[most_row_panels + 1];
+  RowPanel panels_[row_block_panels<Operand> + 1];
 };
 
 // The vector's rows in panels: zeros after the panel's last row and in a row without a key, whose NaN must not leave it as
@@ -158,10 +160,10 @@ inline void prepare_rows(const BackwardPass& pass, const Unit& unit, std::int32_
   const RowBlock<Operand> block(problem, memory);
   const std::int64_t panel_stride = words<Operand>(row_block<Operand>) * dim_panel;
   const int row_end = min_of(row_begin + row_block<Operand>, unit.packed_rows());
-  const RowVectors vectors(pass, unit, row_begin, row_end);
+  const RowVectors<Operand> vectors(pass, unit, row_begin, row_end);
   for (int v = 0; v < vectors.count(); ++v) {
     const RowPanel& panel = vectors.panel(v);
-    const int first_lane = RowVectors::first_lane(v);
+    const int first_lane = vectors.first_lane(v);
     const int first = v * lanes;
     const auto pack = [&](const ConstTensor& tensor, const VectorOfRows<Operand>& vector, int dim, float* transposed,
                           float* panels) {

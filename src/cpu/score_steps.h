@@ -1,5 +1,6 @@
 // What happens to a tile of scores between Q K^T and the softmax: a list of steps, chosen once a call. A step that a call does
-// not use costs it nothing; one that it uses passes once over a tile in L1. A new feature is a new step.
+// not use costs it nothing; one that it uses passes once over a tile in L1. A new feature is a new step; if it depends on where
+// a key stands among those that a row sees, PageOrder must know.
 #pragma once
 
 #include "cpu/key_slot.h"
