@@ -3,6 +3,8 @@
 // read later.
 #pragma once
 
+#include <type_traits>
+
 #include "cpu/key_row.h"
 #include "cpu/matrix_tiles.h"
 
@@ -27,10 +29,10 @@ struct RowsLater {
   static constexpr int bytes_ahead = (into_l1 ? 8192 / streams : 4096) / depth;            // of each row
   static constexpr int keys_of_block = into_l1 ? max_decode_block : max_decode_block / 2;  // its P stays in L1
 
-  // Whether what comes into L2 is asked for once more, for L1, so many bytes before it is read. Codes of a byte or less,
-  // and levels of few registers, have no time for that: they wait for arithmetic.
+  // Whether what comes into L2 is asked for once more, for L1, so many bytes before it is read. Codes of a byte or less have no
+  // time for that: they wait for arithmetic.
   template <DType dtype>
-  static constexpr bool asks_twice = !into_l1 && many_registers && row_bytes<dtype>(1) > 1;
+  static constexpr bool asks_twice = !into_l1 && row_bytes<dtype>(1) > 1;
   static constexpr int bytes_near = 512;
 
   static_assert(rows <= max_rows_of_step);
@@ -61,11 +63,11 @@ struct RowsLater {
   }
 };
 
-// What comes into a small L1 pushes out queries and outputs in use, so there it is asked for L2, and earlier. In a large one
-// rows of few keys have room, though they share its sets where they lie a page of memory apart; but few registers hold tiles
-// of three keys, and wait for arithmetic.
-using StreamsIntoL2 = RowsLater<6, false>;
+// In a large L1 rows of few keys have room, though they share its sets where they lie a page of memory apart; but few registers
+// hold tiles of three keys, and wait for arithmetic. What comes into a small L1 pushes out queries and outputs in use, so there
+// it is asked for L2, and earlier; but tiles of few registers wait longer for what lies in L2.
 using StreamsIntoL1 = RowsLater<many_registers ? 4 : 6, true>;
+using StreamsIntoL2 = std::conditional_t<many_registers, RowsLater<6, false>, StreamsIntoL1>;
 using TwoStreamsIntoL1 = RowsLater<2, true>;
 
 // Where P of a step's keys lies, of each row.

@@ -7,14 +7,15 @@
 namespace flash_attn::cpu::FA_LEVEL {
 namespace {
 
-// The most keys of a score tile. Key blocks are a multiple of this, and so many keys past the end may be computed, whose scores
-// are ignored.
-constexpr int forward_key_tile = FA_BFLOAT16_TILES ? 2 * matrix_tile : score_keys<1>;
+// Keys of a score tile of a whole panel: key blocks are a multiple. A panel of fewer rows may have larger ones, so that scores
+// of as many keys past a block's end are computed, and ignored.
+constexpr int forward_key_tile = FA_BFLOAT16_TILES ? 2 * matrix_tile : score_keys<panel_vectors>;
+constexpr int most_keys_past_end = FA_BFLOAT16_TILES ? 2 * matrix_tile : score_keys<1>;
 
 // A packed block: K [key block + overhang][dim words], V [dim panels][key words][dim_panel]; sizes are those of float32.
 
 inline std::int64_t packed_keys_size(const AttentionProblem& problem, std::int32_t key_block) {
-  return std::int64_t{key_block + forward_key_tile} * row_floats(problem.scored_dims());
+  return std::int64_t{key_block + most_keys_past_end} * row_floats(problem.scored_dims());
 }
 
 inline std::int64_t packed_block_size(const AttentionProblem& problem, std::int32_t key_block) {

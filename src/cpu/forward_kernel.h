@@ -105,7 +105,7 @@ inline std::int64_t forward_scratch_size(const ForwardPass& pass) {
   const std::int64_t dim = row_floats(pass.problem->scored_dims());
   const std::int64_t dims_v = round_up(pass.problem->head_dim_v, dim_panel);
   const std::int64_t mask_rows = std::int64_t{lanes} * round_up(pass.key_block, lanes);
-  const std::int64_t tile = std::int64_t{pass.key_block + forward_key_tile} * panel_rows;
+  const std::int64_t tile = std::int64_t{pass.key_block + most_keys_past_end} * panel_rows;
   return mask_rows + 2 * tile + task_panels * panel_rows * (dim + dims_v) + TaskBlocks<Float32Operand>::own_size(pass);
 }
 
@@ -122,8 +122,8 @@ inline void forward_rows(const ForwardPass& pass, const ForwardTask& task, float
   float* next = scratch;
   const auto take = [&next](std::int64_t size) { return (next += size) - size; };
   float* mask_rows = take(std::int64_t{lanes} * round_up(pass.key_block, lanes));
-  float* tile = take(std::int64_t{pass.key_block + forward_key_tile} * panel_rows);
-  float* transposed_tile = take(std::int64_t{pass.key_block + forward_key_tile} * panel_rows);
+  float* tile = take(std::int64_t{pass.key_block + most_keys_past_end} * panel_rows);
+  float* transposed_tile = take(std::int64_t{pass.key_block + most_keys_past_end} * panel_rows);
 
   RowPanel panels[task_panels];
   PanelState states[task_panels];

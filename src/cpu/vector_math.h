@@ -15,18 +15,29 @@ FA_INLINE Vec polynomial(Vec x, float highest, Coefficients... rest) {
   return p;
 }
 
-// 2^(i / 32).
+// 2^(i / count).
+template <int count>
 struct RootsOf2 {
-  float value[32] = {};
-  constexpr RootsOf2() {
+  float value[count] = {};
+  constexpr explicit RootsOf2(double first) {
     double root = 1.0;
     for (float& x : value) {
       x = static_cast<float>(root);
-      root *= 1.0218971486541166;
+      root *= first;
     }
   }
 };
-alignas(64) constexpr RootsOf2 roots_of_2;
+alignas(64) constexpr RootsOf2<32> roots_of_2(1.0218971486541166);
+
+// The bits of 2^(i / 8), less those of i three places below the exponent.
+struct EighthRootsOf2 {
+  std::int32_t bits[8] = {};
+  constexpr EighthRootsOf2() {
+    constexpr RootsOf2<8> roots(1.0905077326652577);
+    for (int i = 0; i < 8; ++i) bits[i] = __builtin_bit_cast(std::int32_t, roots.value[i]) - (i << 20);
+  }
+};
+alignas(32) constexpr EighthRootsOf2 eighth_roots_of_2;
 
 // 2^x for x <= 0 and a little above; exactly 0 below -127, NaN stays NaN. Where softmax_beside, for any x: inf from 128 on.
 FA_INLINE Vec exp2_of(Vec x) {
@@ -40,6 +51,17 @@ FA_INLINE Vec exp2_of(Vec x) {
   const Vec root = _mm512_permutex2var_ps(load(roots_of_2.value), place, load(roots_of_2.value + lanes));
   const Vec r = _mm512_reduce_ps(x, 5 << 4 | below);
   return _mm512_maskz_scalef_ps(is_normal, root + root * r * polynomial(r, 0.2426556874f, 0.6931236540f), x);
+#elif defined(__AVX2__) && FA_VECTOR_BYTES == 32
+  // 1.6e-7 relative: x is the nearest eighth and a rest, whose polynomial is 1 at 0 and within 2.5e-8. An integer addition
+  // brings the integer to the exponent of the root: 0 for 2^-127, a subnormal number above it.
+  constexpr float round_to_8ths = 1572864.0f;  // 1.5 * 2^20: adding it leaves them in the low bits
+  x = larger_of(splat(-127.0f), x);
+  const Vec shifted = x + round_to_8ths;
+  const Vec f = x - (shifted - round_to_8ths);
+  const auto eighths = reinterpret_cast<__m256i>(shifted);
+  const __m256i roots = _mm256_load_si256(reinterpret_cast<const __m256i*>(eighth_roots_of_2.bits));
+  const __m256i root = _mm256_add_epi32(_mm256_permutevar8x32_epi32(roots, eighths), _mm256_slli_epi32(eighths, 20));
+  return reinterpret_cast<Vec>(root) * polynomial(f, 0.05550410866f, 0.2402576f, 0.6931471806f, 1.0f);
 #else
   // 1.7e-7 relative: x is the nearest integer and a rest.
   constexpr float round_to_integer = 12582912.0f;  // 1.5 * 2^23: adding it leaves the integer in the low mantissa bits
