@@ -22,8 +22,8 @@
 
 #define FA_INLINE inline __attribute__((always_inline))
 
-// Of large bodies, for speed alone: a sanitizer's build, which does not need it, would take minutes longer.
-#if defined(FA_SANITIZED)
+// Of large bodies, for speed alone: builds for tests, which do not need it, would take minutes longer.
+#if defined(FA_INLINE_LESS)
 #define FA_INLINE_IF_FAST
 #else
 #define FA_INLINE_IF_FAST __attribute__((always_inline))
