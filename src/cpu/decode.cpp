@@ -40,7 +40,7 @@ void add_units(const AttentionProblem& problem, std::int32_t batch, const Sequen
 // By a unit's keys alone: so what a sequence gives does not depend on its batch. As if they were float32, so that all dtypes
 // have one limit.
 ReadAhead read_ahead_of_unit(const AttentionProblem& problem, const Unit& unit) {
-  const KeyRange seen = unit.visible_keys();
+  const KeyRange seen = visible_keys_of_unit(unit);
   const std::int64_t elements = std::int64_t{unit.kv_heads} * (problem.head_dim + problem.head_dim_v);
   return read_ahead_of(std::max(0, seen.end - seen.begin) * elements * static_cast<std::int64_t>(sizeof(float)));
 }

@@ -15,7 +15,7 @@ constexpr std::int64_t shortest_run = 128;  // keys
 constexpr std::int32_t max_runs = 256;
 
 std::vector<KeyRange> divide(const AttentionProblem& problem, const Unit& unit, std::int32_t granule) {
-  const KeyRange seen = unit.visible_keys();
+  const KeyRange seen = visible_keys_of_unit(unit);
   const std::int32_t first_granule = seen.begin / granule;
   const std::int32_t granules = seen.begin < seen.end ? (seen.end + granule - 1) / granule - first_granule : 0;
   const std::int64_t keys = seen.end - seen.begin;

@@ -78,7 +78,7 @@ inline void pack_transposed(const RowPanel& panel, int words, float* packed, Vie
 class KeyReader {
  public:
   KeyReader(const AttentionProblem& problem, const AttentionInputs& inputs, const Unit& unit)
-      : problem_(problem), inputs_(inputs), unit_(unit), seen_(unit.visible_keys()) {}
+      : problem_(problem), inputs_(inputs), unit_(unit), seen_(visible_keys_of_unit(unit)) {}
 
   // In float32, zeros up to a whole panel: the row itself where it is that already, else in `buffer`.
   const float* view_key(std::int32_t key, float* buffer) const { return view(keys_of(problem_, inputs_), key, buffer); }

@@ -135,7 +135,7 @@ class SomePackAhead {
   static constexpr bool as_values = Operand::per_word == 1;
 
   static KeyRange seen_keys(const Unit& unit, KeyBlock block) {
-    const KeyRange seen = unit.visible_keys();
+    const KeyRange seen = visible_keys_of_unit(unit);
     return {max_of(seen.begin, block.begin), min_of(seen.end, block.begin + block.size)};
   }
 

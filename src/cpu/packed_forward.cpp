@@ -53,7 +53,7 @@ class PackedForward {
     std::size_t tasks = 0;
     std::size_t blocks = 0;
     for (std::size_t i = 0; i < units.size(); ++i) {
-      const KeyRange seen = units[i].visible_keys();
+      const KeyRange seen = visible_keys_of_unit(units[i]);
       plan(units[i], seen, work_[i]);
       tasks += work_[i].rows.size();
       blocks += static_cast<std::size_t>(work_[i].block_end);

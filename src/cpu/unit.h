@@ -29,10 +29,10 @@ struct Unit {
 
   std::int32_t rows_of_head() const { return sequence.q.length * group; }
   std::int32_t packed_rows() const { return rows_of_head() * kv_heads; }
-
-  // What all rows see between them.
-  KeyRange visible_keys() const { return visible_keys_of_rows(rule, 0, rule.seqlen_q); }
 };
+
+// Keys that all rows of a unit see between them.
+static inline KeyRange visible_keys_of_unit(const Unit& unit) { return visible_keys_of_rows(unit.rule, 0, unit.rule.seqlen_q); }
 
 // Keys that the packed rows [row_begin, row_end) of a unit of one kv head see between them.
 static inline KeyRange visible_keys_of_packed_rows(const Unit& unit, std::int32_t row_begin, std::int32_t row_end) {

@@ -1,14 +1,12 @@
 #!/bin/sh
 # check_symbols.sh NM LIBRARY LEVELS_FOLDER: no object of an ISA level may define a weak symbol. The linker keeps one copy of
-# those for the whole program, and a copy with AVX-512 instructions would then run on every machine. (What LEVEL_tiles defines has
-# baseline instructions.)
+# those for the whole program, and a copy with AVX-512 instructions would then run on every machine.
 set -eu
 nm=$1 library=$2 levels=$3
 
 checked=0
 failed=0
 for source in "$levels"/*.cpp; do
-  case $source in *_tiles.cpp) continue ;; esac
   object=$(basename "$source").o
   symbols=$("$nm" -A -C --defined-only "$library" | grep "[:/]$object:") || continue # a level of another architecture
   checked=$((checked + 1))

@@ -259,7 +259,7 @@ TEST(Decode, GivesTheSameHoweverItReadsAhead) {
       const auto decode = [&](cpu::ReadAhead read_ahead) {
         std::vector<float> result(rows * (row_size + 1));  // O, then lse
         const cpu::Partial partial = {result.data(), result.data() + rows * row_size};
-        level.decode(pass, {&unit, unit.visible_keys(), true, partial, read_ahead}, scratch.get());
+        level.decode(pass, {&unit, visible_keys_of_unit(unit), true, partial, read_ahead}, scratch.get());
         return result;
       };
       // P may be rounded: to bfloat16, or to 15 bits of a block's largest.
