@@ -50,8 +50,8 @@ class BackwardProducts {
  public:
   struct Unit {};  // what a thread holds while it multiplies
   static constexpr bool leaves_scale = false;
-  static constexpr bool softmax_beside = FA_LEVEL::softmax_beside;  // see gradient_product
-  static constexpr int keys_at_once = 1 << 16;                      // of a tile of S and dP, at most
+  static constexpr bool gradients_in_registers = true;  // see gradient_product
+  static constexpr int keys_at_once = 1 << 16;          // of a tile of S and dP, at most
 
   static std::int64_t size(const AttentionProblem& problem, std::int32_t key_block) {
     return key_block * (round_up(problem.head_dim, dim_panel) + std::int64_t{3} * row_block<Operand>);
@@ -193,7 +193,7 @@ class BackwardProducts<MatrixOperand> {
  public:
   using Unit = MatrixUnit;
   static constexpr bool leaves_scale = true;  // tiles are stored as they are
-  static constexpr bool softmax_beside = false;
+  static constexpr bool gradients_in_registers = false;
   static constexpr int keys_at_once = 2 * pair_of_tiles;
 
   static std::int64_t size(const AttentionProblem& problem, std::int32_t key_block) {

@@ -68,8 +68,8 @@ class TileProbabilities {
 };
 
 // dS [M keys][W vectors of rows] = P (dP - delta), where dP^T = V [M][dim words] dO^T [dim words][N vectors]; beside that
-// product S [M][N vectors] becomes P. Of these, `first` is the first of the W. Out of line, so that its loop has all registers.
-// P and dS go to `words` where that is not null, dS times softcap's derivative.
+// product, or before it, S [M][N vectors] becomes P. Of these, `first` is the first of the W. Out of line, so that its loop has
+// all registers. P and dS go to `words` where that is not null, dS times softcap's derivative.
 template <class Operand, int M, int W, int N>
 __attribute__((noinline)) void gradient_product(const float* v, int dim_words, const float* dout, const float* lse_log2,
                                                 const float* delta, int first, const GradientTile& tile,
@@ -77,9 +77,15 @@ __attribute__((noinline)) void gradient_product(const float* v, int dim_words, c
   float* scores = tile.scores.scores;
   const std::int64_t stride = tile.scores.stride;
   TileProbabilities<M, N> probabilities(scores, stride, lse_log2);
+  dout += first * lanes;
   Vec dp[M][W] = {};
-  matmul_tile<Operand, M, W>(dp, v, dim_words, 1, dout + first * lanes, N * lanes, dim_words, probabilities);
-  probabilities.finish();
+  if constexpr (softmax_beside) {
+    matmul_tile<Operand, M, W>(dp, v, dim_words, 1, dout, N * lanes, dim_words, probabilities);
+    probabilities.finish();
+  } else {
+    probabilities.finish();
+    matmul_tile<Operand, M, W>(dp, v, dim_words, 1, dout, N * lanes, dim_words);
+  }
   const auto ds_of = [&](int m, int w) FA_INLINE_IF_FAST {
     const std::int64_t i = m * stride + (first + w) * lanes;
     return gradient(load(scores + i), dp[m][w], load(delta + (first + w) * lanes));
@@ -128,9 +134,9 @@ FA_INLINE void clear_unseen_words(const GradientWords& words, int first, int cou
 // P and dS of the panel at `column` of the rows, whose tile begins with the block's key `key`; as words where a product takes
 // them so.
 template <class Operand, int N>
-inline void gradients_beside(const BackwardProducts<Operand>& products, const BlockPair<Operand>& pair, int first_key,
-                             int column, const float* v_rows, int dim_words, const float* dout, const float* lse_log2,
-                             const float* delta, const GradientTile& tile, bool as_words) {
+inline void gradients_from_registers(const BackwardProducts<Operand>& products, const BlockPair<Operand>& pair, int first_key,
+                                     int column, const float* v_rows, int dim_words, const float* dout, const float* lse_log2,
+                                     const float* delta, const GradientTile& tile, bool as_words) {
   constexpr int M = score_keys<N>;
   const std::int64_t stride = tile.scores.stride;
   for_each_seen_tile<M, N>(
@@ -173,16 +179,16 @@ struct GradientContext {
   bool as_words;  // P and dS are wanted so, see gradients_are_words
 };
 
-// Whether P is computed beside the product dP.
+// Whether P and dS are made while dP is in registers.
 template <class Operand>
-inline bool gradients_are_beside(const AttentionProblem& problem) {
-  return BackwardProducts<Operand>::softmax_beside && !problem.has_dropout;
+inline bool gradients_are_in_registers(const AttentionProblem& problem) {
+  return BackwardProducts<Operand>::gradients_in_registers && !problem.has_dropout;
 }
 
 // Whether P and dS become words as soon as there is dP, so that nobody else turns them.
 template <class Operand>
 inline bool gradients_are_words(const AttentionProblem& problem) {
-  return Operand::per_word > 1 && gradients_are_beside<Operand>(problem);
+  return Operand::per_word > 1 && gradients_are_in_registers<Operand>(problem);
 }
 
 // S^T, dP^T, P and dS of the panel at `column` of the rows. visit(tile, key) as soon as a tile is ready; `key` is its
@@ -214,14 +220,14 @@ inline void panel_gradients(const GradientContext<Operand>& context, const Block
     const float* v_rows = buffers.v_rows + std::int64_t{key} * dim_v_words;
     const float* lse_log2 = pair.rows.lse_log2 + column;
     const float* delta = pair.rows.delta + column;
-    const bool is_beside = gradients_are_beside<Operand>(problem);
-    if constexpr (Products::softmax_beside) {
-      if (is_beside) {
-        gradients_beside<Operand, N>(context.products, pair, key, column, v_rows, dim_v_words, dout, lse_log2, delta, tile,
-                                     context.as_words);
+    const bool in_registers = gradients_are_in_registers<Operand>(problem);
+    if constexpr (Products::gradients_in_registers) {
+      if (in_registers) {
+        gradients_from_registers<Operand, N>(context.products, pair, key, column, v_rows, dim_v_words, dout, lse_log2, delta,
+                                             tile, context.as_words);
       }
     }
-    if (!is_beside) {
+    if (!in_registers) {
       Products::template scores<N>(pair, column, v_rows, dim_v_words, dout, count, 1.0f, tile.gradients, s.stride);
       gradient_tile(pass, panel, lse_log2, delta, scale_left, tile);
     }
