@@ -13,8 +13,7 @@
 namespace flash_attn::cpu::FA_LEVEL {
 namespace {
 
-template <class Products>
-inline void start_rows(const DecodePass& pass, const DecodeTask& task, DecodeState& state) {
+inline void start_rows(const DecodeProducts& products, const DecodePass& pass, const DecodeTask& task, DecodeState& state) {
   const AttentionProblem& problem = *pass.problem;
   const AttentionInputs& inputs = *pass.inputs;
   const Unit& unit = *task.unit;
@@ -23,7 +22,7 @@ inline void start_rows(const DecodePass& pass, const DecodeTask& task, DecodeSta
     RowPanel& panel = state.panels[i];
     panel = RowPanel(problem, inputs, unit, row, state.sizes.rows);
     start_softmax(panel, task.is_first ? inputs.learnable_sink : nullptr, state.softmax[i]);
-    Products::read_queries(pass, unit, panel, row, state);
+    products.read_queries(pass, unit, panel, row, state);
   }
 }
 
@@ -60,10 +59,9 @@ inline void softmax_block(const DecodePass& pass, const Unit& unit, const KeySlo
   }
 }
 
-template <class Products>
-inline void finish_rows(const DecodePass& pass, const DecodeTask& task, DecodeState& state) {
+inline void finish_rows(const DecodeProducts& products, const DecodePass& pass, const DecodeTask& task, DecodeState& state) {
   for (int row = 0; row < state.sizes.rows; ++row) {
-    Products::order_dims(state.o + row * state.sizes.o_stride, pass.problem->head_dim_v);
+    products.order_dims(state.o + row * state.sizes.o_stride, pass.problem->head_dim_v);
   }
   for (int i = 0; i < state.panel_count; ++i) {
     finish_panel(*pass.problem, *pass.outputs, *task.unit, state.panels[i], state.softmax[i], i * panel_rows,
@@ -71,88 +69,88 @@ inline void finish_rows(const DecodePass& pass, const DecodeTask& task, DecodeSt
   }
 }
 
-template <class Products>
-inline void decode_rows(const DecodePass& pass, const DecodeTask& task, float* scratch) {
+inline void decode_rows(const DecodeProducts& products, const DecodePass& pass, const DecodeTask& task, float* scratch) {
   const Unit& unit = *task.unit;
   const ScoreSteps steps(*pass.problem, *pass.inputs);
   DecodeState state(pass, task, scratch);
-  start_rows<Products>(pass, task, state);
+  start_rows(products, pass, task, state);
   KeySlots blocks[2];
-  constexpr int block = Products::keys_of_block;
+  const int block = products.keys_of_block;
   blocks[0] = KeySlots(pass, unit, task.keys.begin, min_of(block, task.keys.end - task.keys.begin));
   for (int i = 0; blocks[i].count > 0; i = 1 - i) {
     const KeySlots& keys = blocks[i];
     KeySlots& next = blocks[1 - i];
     const std::int32_t end = keys.begin + keys.count;
     next = KeySlots(pass, unit, end, min_of(block, task.keys.end - end));
-    Products::score_block(pass, unit, keys, state);
+    products.score_block(pass, unit, keys, state);
     softmax_block(pass, unit, keys, steps, state);
-    Products::value_block(pass, unit, keys, next.count > 0 ? next : keys, state);
+    products.value_block(pass, unit, keys, next.count > 0 ? next : keys, state);
   }
-  finish_rows<Products>(pass, task, state);
+  finish_rows(products, pass, task, state);
 }
 
-// An instance for each way to read ahead. In cache, P V takes more keys a step, since O is read and written once a step; in
-// memory their rows are too many places, and few registers gain nothing.
-template <DType dtype>
-inline void decode_numbers(const DecodePass& pass, const DecodeTask& task, float* scratch) {
-  using ValuesInCache = std::conditional_t<many_registers, StreamsIntoL2::FourKeys, StreamsIntoL2>;
-  switch (task.read_ahead) {
-    case ReadAhead::into_l2:
-      return decode_rows<FloatProducts<StreamsIntoL2, ValuesInCache, dtype>>(pass, task, scratch);
-    case ReadAhead::into_l2_from_memory:
-      return decode_rows<FloatProducts<StreamsIntoL2, StreamsIntoL2, dtype>>(pass, task, scratch);
-    case ReadAhead::into_l1_from_memory:
-      if constexpr (FA_TWO_STREAMS && dtype == DType::float32) {
-        // More rows wait for arithmetic, which passes over O less often with four.
-        if (task.unit->rows_of_head() <= tile_rows) {
-          return decode_rows<FloatProducts<TwoStreamsIntoL1, TwoStreamsIntoL1, dtype>>(pass, task, scratch);
-        }
-      }
-      [[fallthrough]];
-    case ReadAhead::into_l1:
-      return decode_rows<FloatProducts<StreamsIntoL1, StreamsIntoL1, dtype>>(pass, task, scratch);
-  }
-}
+// ---- the products that suit a cache
 
 inline bool suits_small_l1(ReadAhead read_ahead) {
   return read_ahead == ReadAhead::into_l2 || read_ahead == ReadAhead::into_l2_from_memory;
 }
 
-inline void decode_integers(const DecodePass& pass, const DecodeTask& task, float* scratch) {
-  if (suits_small_l1(task.read_ahead)) return decode_rows<IntegerProducts<StreamsIntoL2>>(pass, task, scratch);
-  decode_rows<IntegerProducts<StreamsIntoL1>>(pass, task, scratch);
+// In cache, P V takes more keys a step, since O is read and written once a step; in memory their rows are too many places, and
+// few registers gain nothing.
+template <DType dtype>
+inline const DecodeProducts& products_of_numbers(const DecodeTask& task) {
+  using ValuesInCache = std::conditional_t<many_registers, StreamsIntoL2::FourKeys, StreamsIntoL2>;
+  switch (task.read_ahead) {
+    case ReadAhead::into_l2:
+      return float_products<StreamsIntoL2, ValuesInCache, dtype>;
+    case ReadAhead::into_l2_from_memory:
+      return float_products<StreamsIntoL2, StreamsIntoL2, dtype>;
+    case ReadAhead::into_l1_from_memory:
+      if constexpr (FA_TWO_STREAMS && dtype == DType::float32) {
+        // More rows wait for arithmetic, which passes over O less often with four.
+        if (task.unit->rows_of_head() <= tile_rows) return float_products<TwoStreamsIntoL1, TwoStreamsIntoL1, dtype>;
+      }
+      [[fallthrough]];
+    case ReadAhead::into_l1:
+      return float_products<StreamsIntoL1, StreamsIntoL1, dtype>;
+  }
+  __builtin_unreachable();
 }
 
 // Codes take longer to turn into float32 than to arrive: from memory as from a cache.
 template <DType k_dtype, DType v_dtype>
-inline void decode_codes(const DecodePass& pass, const DecodeTask& task, float* scratch) {
-  if (suits_small_l1(task.read_ahead)) {
-    return decode_rows<FloatProducts<StreamsIntoL2, StreamsIntoL2, k_dtype, v_dtype>>(pass, task, scratch);
-  }
-  decode_rows<FloatProducts<StreamsIntoL1, StreamsIntoL1, k_dtype, v_dtype>>(pass, task, scratch);
+inline const DecodeProducts& products_of_codes(const DecodeTask& task) {
+  if (suits_small_l1(task.read_ahead)) return float_products<StreamsIntoL2, StreamsIntoL2, k_dtype, v_dtype>;
+  return float_products<StreamsIntoL1, StreamsIntoL1, k_dtype, v_dtype>;
+}
+
+inline const DecodeProducts& products_of_integers(const DecodeTask& task) {
+  return suits_small_l1(task.read_ahead) ? integer_products<StreamsIntoL2> : integer_products<StreamsIntoL1>;
 }
 
 // Of the dtypes of a cache, only the two with MLX's codes may be mixed.
-inline void decode(const DecodePass& pass, const DecodeTask& task, float* scratch) {
+inline const DecodeProducts& products_of(const DecodePass& pass, const DecodeTask& task) {
   const DType v_dtype = pass.inputs->v.dtype;
   switch (pass.inputs->k.dtype) {
     case DType::float32:
-      return decode_numbers<DType::float32>(pass, task, scratch);
+      return products_of_numbers<DType::float32>(task);
     case DType::bfloat16:
-      return decode_numbers<DType::bfloat16>(pass, task, scratch);
+      return products_of_numbers<DType::bfloat16>(task);
     case DType::float16:
-      return decode_numbers<DType::float16>(pass, task, scratch);
+      return products_of_numbers<DType::float16>(task);
     case DType::int8:
-      if (multiplies_integers(pass)) return decode_integers(pass, task, scratch);
-      return decode_codes<DType::int8, DType::int8>(pass, task, scratch);
+      return multiplies_integers(pass) ? products_of_integers(task) : products_of_codes<DType::int8, DType::int8>(task);
     case DType::affine8:
-      if (v_dtype == DType::affine4) return decode_codes<DType::affine8, DType::affine4>(pass, task, scratch);
-      return decode_codes<DType::affine8, DType::affine8>(pass, task, scratch);
+      return v_dtype == DType::affine4 ? products_of_codes<DType::affine8, DType::affine4>(task)
+                                       : products_of_codes<DType::affine8, DType::affine8>(task);
     default:
-      if (v_dtype == DType::affine8) return decode_codes<DType::affine4, DType::affine8>(pass, task, scratch);
-      return decode_codes<DType::affine4, DType::affine4>(pass, task, scratch);
+      return v_dtype == DType::affine8 ? products_of_codes<DType::affine4, DType::affine8>(task)
+                                       : products_of_codes<DType::affine4, DType::affine4>(task);
   }
+}
+
+inline void decode(const DecodePass& pass, const DecodeTask& task, float* scratch) {
+  decode_rows(products_of(pass, task), pass, task, scratch);
 }
 
 // out = sum over parts of 2^(lse - max) O, over the sum of the weights. A row's parts are added in the order of their keys.
