@@ -87,6 +87,18 @@ FA_INLINE Vec from_uint8(const char* p) {
 }
 // Four bits each, the low half of a byte first.
 FA_INLINE Vec from_uint4(const char* p) {
+#if defined(__AVX2__) && FA_VECTOR_BYTES >= 32
+  // The word of eight codes in each of their lanes, shifted to the lane's own.
+  const __m256i shift = _mm256_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28);
+  std::int32_t words[lanes / 8];
+  __builtin_memcpy(words, p, sizeof(words));
+#if FA_VECTOR_BYTES == 64
+  const __m512i codes = _mm512_mask_set1_epi32(_mm512_set1_epi32(words[0]), 0xff00, words[1]);
+  return to_float(reinterpret_cast<IVec>(_mm512_srlv_epi32(codes, _mm512_broadcast_i64x4(shift))) & 15);
+#else
+  return to_float(reinterpret_cast<IVec>(_mm256_srlv_epi32(_mm256_set1_epi32(words[0]), shift)) & 15);
+#endif
+#else
   using Bytes = std::uint8_t __attribute__((vector_size(16)));
   std::uint64_t low = 0;
   __builtin_memcpy(&low, p, lanes / 2);
@@ -94,6 +106,7 @@ FA_INLINE Vec from_uint4(const char* p) {
   const auto pairs = reinterpret_cast<Bytes>(words);
   const Bytes codes = __builtin_shufflevector(pairs & 15, pairs >> 4, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
   return from_uint8(reinterpret_cast<const char*>(&codes));
+#endif
 }
 
 // Bytes an element takes; of an affine tensor, whose strides count words, a word.

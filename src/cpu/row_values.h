@@ -71,12 +71,28 @@ struct OutputRows {
   FA_INLINE const float* words_of(int key) const { return weights_of(key) + to_words; }
 };
 
+// What values from dim `d` on are multiplied by, as far as they have one factor: P times it. And what sums of codes lack.
+// Side by side, since pointers to each key's P would take more registers than there are.
+template <DType dtype, class Later>
+struct TileWeights {
+  float of_key[Later::rows][tile_rows];
+  Part bias = {};  // of each row
+
+  FA_INLINE TileWeights(const KeyRow<dtype>* values, const OutputRows<Later>& rows, std::int64_t d) {
+    for (int key = 0; key < rows.weights.keys; ++key) {
+      const Part p = load_part(rows.weights_of(key));
+      const Part product = p * values[key].factor_from(d);
+      std::memcpy(of_key[key], &product, sizeof(product));
+      if constexpr (KeyRow<dtype>::has_bias) bias += p * values[key].bias_from(d);
+    }
+  }
+};
+
 // For W vectors of dims.
 template <DType dtype, int M, int W, class Later>
-FA_INLINE void add_values_tile(const KeyRow<dtype>* values, Later later, const OutputRows<Later>& rows, std::int64_t d,
-                               int tail) {
+FA_INLINE void add_values_tile(const KeyRow<dtype>* values, Later later, const OutputRows<Later>& rows,
+                               const TileWeights<dtype, Later>& weights, std::int64_t d, int tail) {
   OutputTile<M, W> tile(rows.o + d, rows.stride, rows.rescale);
-  Part bias = {};  // of each row's sum; the dims of a tile lie in one group of codes
   for_each_key<Later, 1>(
       rows.weights.keys, [&](int key) __attribute__((always_inline)) {
         Vec v[W];
@@ -93,17 +109,14 @@ FA_INLINE void add_values_tile(const KeyRow<dtype>* values, Later later, const O
         for (int byte = 0; byte < row_bytes<dtype>(W * lanes); byte += cache_line) {
           later.from(key).template ask<1>(values + key, row_bytes<dtype>(d) + byte);
         }
-        const float* p = rows.weights_of(key);
-        const float factor = values[key].factor_from(d);
-        if constexpr (KeyRow<dtype>::has_bias) bias += load_part(p) * values[key].bias_from(d);
 #pragma GCC unroll 4
         for (int m = 0; m < M; ++m) {
-          const Vec weight = splat(p[m] * factor);
+          const Vec weight = splat(weights.of_key[key][m]);
 #pragma GCC unroll 4
           for (int w = 0; w < W; ++w) tile.acc[m][w] += weight * v[w];
         }
       });
-  if constexpr (KeyRow<dtype>::has_bias) tile.add(bias);
+  if constexpr (KeyRow<dtype>::has_bias) tile.add(weights.bias);
   tile.write(rows.o + d, rows.stride);
 }
 
@@ -152,20 +165,32 @@ FA_INLINE void add_value_pairs_tile(const KeyRow<dtype>* values, Later later, co
   tile.write(rows.o + d, rows.stride);
 }
 
+// For dims [d, end), which have one factor.
+template <DType dtype, int M, class Later>
+FA_INLINE void add_values_between(const KeyRow<dtype>* values, Later later, const OutputRows<Later>& rows, int d, int end) {
+  constexpr int W = value_vectors;
+  const TileWeights<dtype, Later> weights(values, rows, d);
+  if constexpr (!multiplies_pairs<dtype>) {
+    for (; d + W * lanes <= end; d += W * lanes) add_values_tile<dtype, M, W>(values, later, rows, weights, d, 0);
+  }
+  if constexpr (!multiplies_pairs<dtype> && W > 2) {
+    for (; d < paired_dims<dtype>(end); d += 2 * lanes) add_values_tile<dtype, M, 2>(values, later, rows, weights, d, 0);
+  }
+  for (; d < end; d += lanes) {
+    add_values_tile<dtype, M, 1>(values, later, rows, weights, d, d + lanes <= end ? 0 : end - d);
+  }
+}
+
 template <DType dtype, int M, class Later>
 inline FA_INLINE_IF_FAST void add_values(const KeyRow<dtype>* values, Later later, const OutputRows<Later>& rows, int dim) {
-  constexpr int W = value_vectors;
   int d = 0;
   if constexpr (multiplies_pairs<dtype>) {
+    constexpr int W = value_vectors;
     for (; d + W * lanes <= dim; d += W * lanes) add_value_pairs_tile<dtype, M, W>(values, later, rows, d);
     for (; d < paired_dims<dtype>(dim); d += 2 * lanes) add_value_pairs_tile<dtype, M, 2>(values, later, rows, d);
-  } else {
-    for (; d + W * lanes <= dim; d += W * lanes) add_values_tile<dtype, M, W>(values, later, rows, d, 0);
-    for (; d < paired_dims<dtype>(dim); d += 2 * lanes) add_values_tile<dtype, M, 2>(values, later, rows, d, 0);
   }
-  for (; d < dim; d += lanes) {
-    add_values_tile<dtype, M, 1>(values, later, rows, d, d + lanes <= dim ? 0 : dim - d);
-  }
+  const int step = KeyRow<dtype>::has_bias ? quantization_group : dim;
+  for (; d < dim; d += step) add_values_between<dtype, M>(values, later, rows, d, min_of(d + step, dim));
 }
 
 }  // namespace
