@@ -18,6 +18,7 @@ std::vector<const Kernels*> runnable_levels() {
 #if defined(__x86_64__)
   __builtin_cpu_init();
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");  // and F16C, which came first
+#if !defined(FLASH_ATTN_WITHOUT_AVX512)
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   const bool avx512_bf16 = avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
@@ -28,6 +29,7 @@ std::vector<const Kernels*> runnable_levels() {
   if (avx512_bf16 && fast_dot_product) levels.push_back(&avx512_bf16_kernels);
   if (avx512) levels.push_back(&avx512_kernels);
   if (avx512_bf16 && !fast_dot_product) levels.push_back(&avx512_bf16_kernels);
+#endif
   if (avx2) levels.push_back(&avx2_kernels);
 #elif defined(__aarch64__)
   levels.push_back(&neon_kernels);

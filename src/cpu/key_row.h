@@ -79,6 +79,7 @@ template <DType dtype>
 class KeyRow {
  public:
   static constexpr bool has_tail = true;
+  static constexpr bool has_factor = false;  // but 1
   static constexpr bool has_bias = false;
 
   KeyRow() = default;
@@ -133,6 +134,7 @@ template <>
 class KeyRow<DType::int8> {
  public:
   static constexpr bool has_tail = true;
+  static constexpr bool has_factor = true;
   static constexpr bool has_bias = false;
 
   KeyRow() = default;
@@ -177,6 +179,7 @@ template <DType dtype>
 requires(is_affine(dtype)) class KeyRow<dtype> {
  public:
   static constexpr bool has_tail = false;  // whole groups only
+  static constexpr bool has_factor = true;
   static constexpr bool has_bias = true;
 
   KeyRow() = default;

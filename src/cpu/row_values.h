@@ -71,21 +71,41 @@ struct OutputRows {
   FA_INLINE const float* words_of(int key) const { return weights_of(key) + to_words; }
 };
 
-// What values from dim `d` on are multiplied by, as far as they have one factor: P times it. And what sums of codes lack.
-// Side by side, since pointers to each key's P would take more registers than there are.
+// What values from dim `d` on are multiplied by, as far as they have one factor: P times it. And what sums of codes lack, P
+// times their biases. With few registers these products are made once, side by side; with many that is slower
+// (docs/performance.md).
 template <DType dtype, class Later>
-struct TileWeights {
-  float of_key[Later::rows][tile_rows];
-  Part bias = {};  // of each row
+class TileWeights {
+  static constexpr bool are_made_once = !many_registers && KeyRow<dtype>::has_factor;
 
-  FA_INLINE TileWeights(const KeyRow<dtype>* values, const OutputRows<Later>& rows, std::int64_t d) {
-    for (int key = 0; key < rows.weights.keys; ++key) {
-      const Part p = load_part(rows.weights_of(key));
-      const Part product = p * values[key].factor_from(d);
-      std::memcpy(of_key[key], &product, sizeof(product));
-      if constexpr (KeyRow<dtype>::has_bias) bias += p * values[key].bias_from(d);
+ public:
+  FA_INLINE TileWeights(const KeyRow<dtype>* values, const OutputRows<Later>& rows, std::int64_t d)
+      : values_(values), rows_(rows), d_(d) {
+    if constexpr (are_made_once) {
+      for (int key = 0; key < rows.weights.keys; ++key) {
+        const Part p = load_part(rows.weights_of(key));
+        const Part product = p * values[key].factor_from(d);
+        std::memcpy(products_[key], &product, sizeof(product));
+        if constexpr (KeyRow<dtype>::has_bias) sum_ += p * values[key].bias_from(d);
+      }
     }
   }
+
+  // For row m of a key: splat(of_key(key)[m] * factor(key)).
+  FA_INLINE const float* of_key(int key) const { return are_made_once ? products_[key] : rows_.weights_of(key); }
+  FA_INLINE float factor(int key) const { return are_made_once ? 1.0f : values_[key].factor_from(d_); }
+  // The biases of each row: what is known before its keys are read, and a key's part that is not in it.
+  FA_INLINE Part bias() const { return sum_; }
+  FA_INLINE void add_bias(int key, Part& bias) const {
+    if constexpr (KeyRow<dtype>::has_bias && !are_made_once) bias += load_part(of_key(key)) * values_[key].bias_from(d_);
+  }
+
+ private:
+  const KeyRow<dtype>* values_;
+  const OutputRows<Later>& rows_;
+  std::int64_t d_;
+  float products_[are_made_once ? Later::rows : 1][tile_rows];
+  Part sum_ = {};
 };
 
 // For W vectors of dims.
@@ -93,6 +113,7 @@ template <DType dtype, int M, int W, class Later>
 FA_INLINE void add_values_tile(const KeyRow<dtype>* values, Later later, const OutputRows<Later>& rows,
                                const TileWeights<dtype, Later>& weights, std::int64_t d, int tail) {
   OutputTile<M, W> tile(rows.o + d, rows.stride, rows.rescale);
+  Part bias = weights.bias();
   for_each_key<Later, 1>(
       rows.weights.keys, [&](int key) __attribute__((always_inline)) {
         Vec v[W];
@@ -109,14 +130,18 @@ FA_INLINE void add_values_tile(const KeyRow<dtype>* values, Later later, const O
         for (int byte = 0; byte < row_bytes<dtype>(W * lanes); byte += cache_line) {
           later.from(key).template ask<1>(values + key, row_bytes<dtype>(d) + byte);
         }
+        const float* p = weights.of_key(key);
+        if constexpr (!many_registers) pin(p);
+        const float factor = weights.factor(key);
+        weights.add_bias(key, bias);
 #pragma GCC unroll 4
         for (int m = 0; m < M; ++m) {
-          const Vec weight = splat(weights.of_key[key][m]);
+          const Vec weight = splat(p[m] * factor);
 #pragma GCC unroll 4
           for (int w = 0; w < W; ++w) tile.acc[m][w] += weight * v[w];
         }
       });
-  if constexpr (KeyRow<dtype>::has_bias) tile.add(weights.bias);
+  if constexpr (KeyRow<dtype>::has_bias) tile.add(bias);
   tile.write(rows.o + d, rows.stride);
 }
 

@@ -80,6 +80,8 @@ FA_INLINE void streams_end() {
   _mm_sfence();
 #endif
 }
+// Keeps a pointer in one register: GCC makes one of every place that a loop reads relative to it, and spills them.
+FA_INLINE void pin(const float*& p) { asm volatile("" : "+r"(p)); }
 // x - 0 and not x + 0, which would be an addition for the sake of -0.
 FA_INLINE Vec splat(float x) { return x - Vec{}; }
 FA_INLINE IVec splat(std::int32_t x) { return x - IVec{}; }
