@@ -92,7 +92,11 @@ class TileWeights {
   }
 
   // For row m of a key: splat(of_key(key)[m] * factor(key)).
-  FA_INLINE const float* of_key(int key) const { return are_made_once ? products_[key] : rows_.weights_of(key); }
+  FA_INLINE const float* of_key(int key) const {
+    const float* p = are_made_once ? products_[key] : rows_.weights_of(key);
+    if constexpr (!many_registers && !are_made_once) pin(p);
+    return p;
+  }
   FA_INLINE float factor(int key) const { return are_made_once ? 1.0f : values_[key].factor_from(d_); }
   // The biases of each row: what is known before its keys are read, and a key's part that is not in it.
   FA_INLINE Part bias() const { return sum_; }
@@ -131,7 +135,6 @@ FA_INLINE void add_values_tile(const KeyRow<dtype>* values, Later later, const O
           later.from(key).template ask<1>(values + key, row_bytes<dtype>(d) + byte);
         }
         const float* p = weights.of_key(key);
-        if constexpr (!many_registers) pin(p);
         const float factor = weights.factor(key);
         weights.add_bias(key, bias);
 #pragma GCC unroll 4
