@@ -71,45 +71,46 @@ struct OutputRows {
   FA_INLINE const float* words_of(int key) const { return weights_of(key) + to_words; }
 };
 
-// What values from dim `d` on are multiplied by, as far as they have one factor: P times it. And what sums of codes lack, P
-// times their biases. With few registers these products are made once, side by side; with many that is slower
-// (docs/performance.md).
+// What values are multiplied by, P times their factor, and what sums of codes lack, P times their biases. With few registers
+// both are made once for all dims that share them, with many, where that is slower (docs/performance.md), as they are asked
+// for.
 template <DType dtype, class Later>
 class TileWeights {
   static constexpr bool are_made_once = !many_registers && KeyRow<dtype>::has_factor;
 
  public:
+  static constexpr bool serves_a_group = are_made_once && KeyRow<dtype>::has_bias;  // of dims; else all
+
   FA_INLINE TileWeights(const KeyRow<dtype>* values, const OutputRows<Later>& rows, std::int64_t d)
-      : values_(values), rows_(rows), d_(d) {
+      : values_(values), rows_(rows) {
     if constexpr (are_made_once) {
       for (int key = 0; key < rows.weights.keys; ++key) {
         const Part p = load_part(rows.weights_of(key));
         const Part product = p * values[key].factor_from(d);
         std::memcpy(products_[key], &product, sizeof(product));
-        if constexpr (KeyRow<dtype>::has_bias) sum_ += p * values[key].bias_from(d);
+        if constexpr (KeyRow<dtype>::has_bias) bias_ += p * values[key].bias_from(d);
       }
     }
   }
 
-  // For row m of a key: splat(of_key(key)[m] * factor(key)).
+  // For row m of a key: splat(of_key(key)[m] * factor(key, d)).
   FA_INLINE const float* of_key(int key) const {
     const float* p = are_made_once ? products_[key] : rows_.weights_of(key);
     if constexpr (!many_registers && !are_made_once) pin(p);
     return p;
   }
-  FA_INLINE float factor(int key) const { return are_made_once ? 1.0f : values_[key].factor_from(d_); }
-  // The biases of each row: what is known before its keys are read, and a key's part that is not in it.
-  FA_INLINE Part bias() const { return sum_; }
-  FA_INLINE void add_bias(int key, Part& bias) const {
-    if constexpr (KeyRow<dtype>::has_bias && !are_made_once) bias += load_part(of_key(key)) * values_[key].bias_from(d_);
+  FA_INLINE float factor(int key, std::int64_t d) const { return are_made_once ? 1.0f : values_[key].factor_from(d); }
+  // What each row lacks: all of it that was made, and a key's that was not.
+  FA_INLINE Part bias() const { return bias_; }
+  FA_INLINE void add_bias(int key, std::int64_t d, Part& bias) const {
+    if constexpr (KeyRow<dtype>::has_bias && !are_made_once) bias += load_part(of_key(key)) * values_[key].bias_from(d);
   }
 
  private:
   const KeyRow<dtype>* values_;
   const OutputRows<Later>& rows_;
-  std::int64_t d_;
   float products_[are_made_once ? Later::rows : 1][tile_rows];
-  Part sum_ = {};
+  Part bias_ = {};
 };
 
 // For W vectors of dims.
@@ -135,8 +136,8 @@ FA_INLINE void add_values_tile(const KeyRow<dtype>* values, Later later, const O
           later.from(key).template ask<1>(values + key, row_bytes<dtype>(d) + byte);
         }
         const float* p = weights.of_key(key);
-        const float factor = weights.factor(key);
-        weights.add_bias(key, bias);
+        const float factor = weights.factor(key, d);
+        weights.add_bias(key, d, bias);
 #pragma GCC unroll 4
         for (int m = 0; m < M; ++m) {
           const Vec weight = splat(p[m] * factor);
@@ -193,7 +194,7 @@ FA_INLINE void add_value_pairs_tile(const KeyRow<dtype>* values, Later later, co
   tile.write(rows.o + d, rows.stride);
 }
 
-// For dims [d, end), which have one factor.
+// For dims [d, end), which TileWeights serves.
 template <DType dtype, int M, class Later>
 FA_INLINE void add_values_between(const KeyRow<dtype>* values, Later later, const OutputRows<Later>& rows, int d, int end) {
   constexpr int W = value_vectors;
@@ -217,8 +218,11 @@ inline FA_INLINE_IF_FAST void add_values(const KeyRow<dtype>* values, Later late
     for (; d + W * lanes <= dim; d += W * lanes) add_value_pairs_tile<dtype, M, W>(values, later, rows, d);
     for (; d < paired_dims<dtype>(dim); d += 2 * lanes) add_value_pairs_tile<dtype, M, 2>(values, later, rows, d);
   }
-  const int step = KeyRow<dtype>::has_bias ? quantization_group : dim;
-  for (; d < dim; d += step) add_values_between<dtype, M>(values, later, rows, d, min_of(d + step, dim));
+  if constexpr (TileWeights<dtype, Later>::serves_a_group) {
+    for (; d < dim; d += quantization_group) add_values_between<dtype, M>(values, later, rows, d, d + quantization_group);
+  } else {
+    add_values_between<dtype, M>(values, later, rows, d, dim);
+  }
 }
 
 }  // namespace
