@@ -96,10 +96,11 @@ inline bool suits_small_l1(ReadAhead read_ahead) {
 }
 
 // In cache, P V takes more keys a step, since O is read and written once a step; in memory their rows are too many places, and
-// few registers gain nothing.
+// in float32 few registers gain nothing.
 template <DType dtype>
 inline const DecodeProducts& products_of_numbers(const DecodeTask& task) {
-  using ValuesInCache = std::conditional_t<many_registers, StreamsIntoL2::FourKeys, StreamsIntoL2>;
+  constexpr bool gains = many_registers || dtype != DType::float32;
+  using ValuesInCache = std::conditional_t<gains, StreamsIntoL2::FourKeys, StreamsIntoL2>;
   switch (task.read_ahead) {
     case ReadAhead::into_l2:
       return float_products<StreamsIntoL2, ValuesInCache, dtype>;
