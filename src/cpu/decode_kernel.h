@@ -126,7 +126,8 @@ inline const DecodeProducts& products_of_codes(const DecodeTask& task) {
 }
 
 inline const DecodeProducts& products_of_integers(const DecodeTask& task) {
-  return suits_small_l1(task.read_ahead) ? integer_products<StreamsIntoL2> : integer_products<StreamsIntoL1>;
+  if (suits_small_l1(task.read_ahead)) return integer_products<StreamsIntoL2>;
+  return integer_products<StreamsIntoL1>;
 }
 
 // Of the dtypes of a cache, only the two with MLX's codes may be mixed.
