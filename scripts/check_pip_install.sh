@@ -3,6 +3,8 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 project=$PWD
+# The other builds' CMake: one that orders flags otherwise would compile again what a compiler cache knows.
+[ -x .venv/bin/cmake ] && export PATH="$PWD/.venv/bin:$PATH"
 
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
