@@ -1,7 +1,7 @@
 # Which src/cpu/levels/*.cpp this processor family builds, and each one's instruction set.
 #
-# A level's file is named after it. LEVEL_tiles has the tile shapes of LEVEL in baseline instructions: tests only, so it is
-# compiled in a third of the time that a fast one would take.
+# A level's file is named after it. LEVEL_tiles has the tile shapes of LEVEL in baseline instructions: tests only, so that it
+# compiles soon counts for more than that it runs fast.
 set(isa_flags_avx2 -mavx2 -mfma -mf16c)
 set(isa_flags_avx512 -mavx512f -mavx512bw -mavx512dq -mavx512vl ${isa_flags_avx2})
 set(isa_flags_avx512_bf16 -mavx512bf16 -mavx512vnni ${isa_flags_avx512})
