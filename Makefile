@@ -156,7 +156,7 @@ define install
 endef
 
 # Sanitized levels that this machine does not run are compiled for nothing.
-cpu_has = $(shell grep -qw $(1) /proc/cpuinfo && echo ON || echo OFF)
+cpu_has = $(shell grep -qsw $(1) /proc/cpuinfo && echo ON || echo OFF)
 
 define cpp_tests
 	cmake --preset $(1) --log-level=WARNING
