@@ -181,12 +181,13 @@ class BackwardProducts {
   float* k_panels_;    // [dim panels][key words][dim_panel]
 };
 
-#if FA_BFLOAT16_TILES
+#if FA_MATRIX_TILES
 
-template <>
-class BackwardProducts<MatrixOperand> {
+template <int terms>
+class BackwardProducts<MatrixOperand<terms>> {
+  using Operand = MatrixOperand<terms>;
   static constexpr int pair_of_tiles = 2 * matrix_tile;  // rows or keys of the smallest step
-  static constexpr int rows_in_block = row_block<MatrixOperand>;
+  static constexpr int rows_in_block = row_block<Operand>;
   static constexpr int row_words = rows_in_block / 2;
   static_assert(lanes == matrix_tile && dim_panel == pair_of_tiles && rows_in_block % pair_of_tiles == 0);
 
@@ -197,7 +198,7 @@ class BackwardProducts<MatrixOperand> {
   static constexpr int keys_at_once = 2 * pair_of_tiles;
 
   static std::int64_t size(const AttentionProblem& problem, std::int32_t key_block) {
-    return 3 * tile_size + key_block * (std::int64_t{3} * row_words + round_up(problem.head_dim, dim_panel) / 2);
+    return 3 * tile_size + terms * key_block * (std::int64_t{3} * row_words + round_up(problem.head_dim, dim_panel) / 2);
   }
 
   BackwardProducts(const AttentionProblem& problem, std::int32_t key_block, float* memory)
@@ -206,30 +207,20 @@ class BackwardProducts<MatrixOperand> {
     scores_ = take(tile_size);
     gradients_ = take(tile_size);
     derivative_ = take(tile_size);
-    p_rows_ = take(std::int64_t{key_block} * row_words);
-    ds_rows_ = take(std::int64_t{key_block} * row_words);
-    ds_keys_ = take(std::int64_t{key_words_} * rows_in_block);
-    k_dims_ = take(std::int64_t{key_words_} * k_panels_ * dim_panel);
+    p_rows_ = take(terms * words_of_pair());
+    ds_rows_ = take(terms * words_of_pair());
+    ds_keys_ = take(terms * words_of_pair());
+    k_dims_ = take(terms * std::int64_t{key_words_} * k_panels_ * dim_panel);
   }
 
-  void pack_keys(KeyBlock, int, const float* k_rows) const {
-    const int dim_words = k_panels_ * matrix_tile;
-    for (int first = 0; first < key_words_; first += lanes) {
-      const float* rows = k_rows + std::int64_t{2 * first} * dim_words;
-      for (int d = 0; d < k_panels_ * dim_panel; d += lanes) {
-        Vec block[lanes];
-        for (int i = 0; i < lanes; ++i) {
-          const float* neighbours[2] = {rows + 2 * i * dim_words, rows + (2 * i + 1) * dim_words};
-          block[i] = MatrixOperand::finite(word_of_rows<MatrixOperand>(neighbours, d));
-        }
-        transpose(block);
-        for (int i = 0; i < lanes; ++i) store(k_dims_ + std::int64_t{d + i} * key_words_ + first, block[i]);
-      }
-    }
+  void pack_keys(KeyBlock keys, int head_dim, const float* k_rows) const {
+    pack_dims<Operand>(
+        head_dim, keys.size, k_dims_, [&](int key) { return k_rows + std::int64_t{key} * row_words_of(head_dim); },
+        [](Vec word) { return Operand::finite(word); });
   }
 
   // Where no row of the panel looks, P and dS are 0 for the rows of its neighbours that do.
-  KeyRange keys_of_panel(const BlockPair<MatrixOperand>& pair, int column, int vectors) const {
+  KeyRange keys_of_panel(const BlockPair<Operand>& pair, int column, int vectors) const {
     KeyRange keys = pair.staircase.keys_of_rows(column, vectors * lanes);
     keys = {pair.seen.begin + keys.begin / pair_of_tiles * pair_of_tiles, pair.seen.begin + round_up(keys.end, pair_of_tiles)};
     clear({pair.seen.begin, keys.begin}, column, vectors);
@@ -238,59 +229,66 @@ class BackwardProducts<MatrixOperand> {
   }
 
   template <int N>
-  GradientTile tile(const BlockPair<MatrixOperand>& pair, int key, int count, int) const {
+  GradientTile tile(const BlockPair<Operand>& pair, int key, int count, int) const {
     return {{scores_, N * lanes, count, pair.keys.begin + key}, gradients_, derivative_};
   }
 
   template <int N>
-  static FA_INLINE void scores(const BlockPair<MatrixOperand>&, int, const float* rows_of_keys, int dim_words,
+  static FA_INLINE void scores(const BlockPair<Operand>&, int, const float* rows_of_keys, int dim_words,
                                const float* transposed, int keys, float, float* scores, std::int64_t stride) {
-    for (int key = 0; key < keys; key += pair_of_tiles) {
-      multiply_tiles<2, N>(false, scores + key * stride, stride, rows_of_keys + std::int64_t{key} * dim_words, dim_words,
-                           transposed, N * lanes, dim_words / matrix_tile);
+    constexpr int M = tiles_of_left<terms>;
+    const int words_of_term = dim_words / terms;
+    for (int key = 0; key < keys; key += M * matrix_tile) {
+      multiply_tiles<terms, M, N>(
+          false, scores + key * stride, stride, {rows_of_keys + std::int64_t{key} * dim_words, dim_words, words_of_term},
+          {transposed, N * lanes, std::int64_t{words_of_term} * N * lanes}, words_of_term / matrix_tile);
     }
   }
 
   template <int N>
   void keep(const GradientTile& tile, int key, int column) const {
     for (int i = 0; i < tile.scores.keys; i += 2) {
-      float* p_rows = p_rows_ + std::int64_t{key + i} * row_words + column / 2;
-      float* ds_rows = ds_rows_ + std::int64_t{key + i} * row_words + column / 2;
+      const std::int64_t row = std::int64_t{key + i} * row_words + column / 2;
       float* ds_keys = ds_keys_ + std::int64_t{(key + i) / 2} * rows_in_block + column;
 #pragma GCC unroll 3
       for (int n = 0; n < N; ++n) {
         const std::int64_t from = i * tile.scores.stride + n * lanes;
-        const Vec ds[2] = {load(tile.gradients + from), load(tile.gradients + from + tile.scores.stride)};
-        store_half(p_rows + n * lanes / 2, load(tile.scores.scores + from));
-        store_half(p_rows + row_words + n * lanes / 2, load(tile.scores.scores + from + tile.scores.stride));
-        store_half(ds_rows + n * lanes / 2, ds[0]);
-        store_half(ds_rows + row_words + n * lanes / 2, ds[1]);
-        store(ds_keys + n * lanes, MatrixOperand::word(ds));
+        const std::int64_t next = from + tile.scores.stride;
+        store_halves(p_rows_ + row + n * lanes / 2, load(tile.scores.scores + from));
+        store_halves(p_rows_ + row + row_words + n * lanes / 2, load(tile.scores.scores + next));
+        const Vec ds[2] = {load(tile.gradients + from), load(tile.gradients + next)};
+        store_halves(ds_rows_ + row + n * lanes / 2, ds[0]);
+        store_halves(ds_rows_ + row + row_words + n * lanes / 2, ds[1]);
+        Vec words[terms];
+        Operand::split_words(ds[0], ds[1], words);
+        for (int term = 0; term < terms; ++term) store(ds_keys + term * words_of_pair() + n * lanes, words[term]);
       }
     }
   }
-  void keep_all(const BlockPair<MatrixOperand>& pair) const {
+  void keep_all(const BlockPair<Operand>& pair) const {
     const int vectors = pair.staircase.granules * row_granule / lanes;
     if (vectors % 2 == 1) clear(pair.seen, vectors * lanes, 1);
   }
 
-  void add_dv(const BlockPair<MatrixOperand>& pair, float* dv) const {
+  void add_dv(const BlockPair<Operand>& pair, float* dv) const {
     add_over_rows(pair, p_rows_, pair.rows.dout_panels, v_panels_, dv);
   }
-  void add_dk(const BlockPair<MatrixOperand>& pair, float* dk) const {
+  void add_dk(const BlockPair<Operand>& pair, float* dk) const {
     add_over_rows(pair, ds_rows_, pair.rows.q_panels, k_panels_, dk);
   }
   // dQ^T [dims][row block]
-  void add_dq(const BlockPair<MatrixOperand>& pair, float* dq) const {
+  void add_dq(const BlockPair<Operand>& pair, float* dq) const {
     for (int row = 0; row < pair.row_count; row += pair_of_tiles) {
       const KeyRange seen = pair.staircase.keys_of_rows(row, pair_of_tiles);
       const int first = (pair.seen.begin + seen.begin) / pair_of_tiles;
       const int depth = (pair.seen.begin + seen.end + pair_of_tiles - 1) / pair_of_tiles - first;
       if (seen.begin >= seen.end) continue;
       for (int panel = 0; panel < k_panels_; ++panel) {
-        multiply_tiles<2, 2>(true, dq + std::int64_t{panel} * dim_panel * rows_in_block + row, rows_in_block,
-                             k_dims_ + std::int64_t{panel} * dim_panel * key_words_ + first * matrix_tile, key_words_,
-                             ds_keys_ + std::int64_t{first} * matrix_tile * rows_in_block + row, rows_in_block, depth);
+        multiply_tiles<terms, 2, 2>(
+            true, dq + std::int64_t{panel} * dim_panel * rows_in_block + row, rows_in_block,
+            {k_dims_ + std::int64_t{panel} * dim_panel * key_words_ + first * matrix_tile, key_words_,
+             std::int64_t{k_panels_} * dim_panel * key_words_},
+            {ds_keys_ + std::int64_t{first} * matrix_tile * rows_in_block + row, rows_in_block, words_of_pair()}, depth);
       }
     }
   }
@@ -298,38 +296,48 @@ class BackwardProducts<MatrixOperand> {
   template <class Visit>
   static void visit_dq(const float* dq, int row, int head_dim, Visit visit) {
     float values[lanes][padded_head_dim];
-    for (int d = 0; d < head_dim; d += lanes) {
-      const float* dims[lanes];
-      for (int i = 0; i < lanes; ++i) dims[i] = dq + std::int64_t{d + i} * rows_in_block + row;
-      visit_columns(dims, lanes, [&](int lane, Vec column) { store(values[lane] + d, column); });
-    }
+    read_transposed(dq + row, rows_in_block, head_dim, values);
     for (int lane = 0; lane < lanes; ++lane) visit(lane, values[lane]);
   }
 
  private:
   static constexpr std::int64_t tile_size = std::int64_t{keys_at_once} * panel_rows;
+  static constexpr int row_words_of(int dim) { return FA_LEVEL::row_words<Operand>(dim); }
+
+  // Of a term of P or dS.
+  std::int64_t words_of_pair() const { return std::int64_t{key_words_} * rows_in_block; }
 
   void clear(KeyRange keys, int column, int vectors) const {
     for (int key = keys.begin; key < keys.end; ++key) {
-      const std::int64_t words = std::int64_t{key} * row_words + column / 2;
       const std::size_t bytes = sizeof(float) * static_cast<std::size_t>(vectors * lanes);
-      std::memset(p_rows_ + words, 0, bytes / 2);
-      std::memset(ds_rows_ + words, 0, bytes / 2);
-      if (key % 2 == 0) std::memset(ds_keys_ + std::int64_t{key / 2} * rows_in_block + column, 0, bytes);
+      for (int term = 0; term < terms; ++term) {
+        const std::int64_t words = term * words_of_pair() + std::int64_t{key} * row_words + column / 2;
+        std::memset(p_rows_ + words, 0, bytes / 2);
+        std::memset(ds_rows_ + words, 0, bytes / 2);
+        float* of_keys = ds_keys_ + term * words_of_pair() + std::int64_t{key / 2} * rows_in_block + column;
+        if (key % 2 == 0) std::memset(of_keys, 0, bytes);
+      }
     }
   }
 
-  static void add_over_rows(const BlockPair<MatrixOperand>& pair, const float* left, const float* right, int panels,
-                            float* sum) {
+  void store_halves(float* words, Vec x) const {
+    Half halves[terms];
+    Operand::split_halves(x, halves);
+    for (int term = 0; term < terms; ++term) __builtin_memcpy(words + term * words_of_pair(), &halves[term], sizeof(Half));
+  }
+
+  void add_over_rows(const BlockPair<Operand>& pair, const float* left, const float* right, int panels, float* sum) const {
     for (int key = pair.seen.begin; key < pair.seen.end; key += pair_of_tiles) {
       const RowSpan rows = pair.staircase.rows_of_keys(key - pair.seen.begin, pair_of_tiles);
       const int first = rows.begin / pair_of_tiles;
       const int depth = (rows.end + pair_of_tiles - 1) / pair_of_tiles - first;
       if (rows.begin >= rows.end) continue;
       for (int panel = 0; panel < panels; ++panel) {
-        multiply_tiles<2, 2>(true, sum + (std::int64_t{panel} * pair.keys.size + key) * dim_panel, dim_panel,
-                             left + std::int64_t{key} * row_words + first * matrix_tile, row_words,
-                             right + (std::int64_t{panel} * row_words + first * matrix_tile) * dim_panel, dim_panel, depth);
+        multiply_tiles<terms, 2, 2>(true, sum + (std::int64_t{panel} * pair.keys.size + key) * dim_panel, dim_panel,
+                                    {left + std::int64_t{key} * row_words + first * matrix_tile, row_words, words_of_pair()},
+                                    {right + (std::int64_t{panel} * row_words + first * matrix_tile) * dim_panel, dim_panel,
+                                     std::int64_t{panels} * row_words * dim_panel},
+                                    depth);
       }
     }
   }
@@ -340,17 +348,27 @@ class BackwardProducts<MatrixOperand> {
   float* scores_;      // [keys_at_once][panel]  S, P
   float* gradients_;   // [keys_at_once][panel]  dP, dS
   float* derivative_;  // [keys_at_once][panel]  softcap's
-  float* p_rows_;      // [key_block][row words]
-  float* ds_rows_;     // [key_block][row words]
-  float* ds_keys_;     // [key words][row_block]
-  float* k_dims_;      // [dims][key words]
+  float* p_rows_;      // [terms][key_block][row words]
+  float* ds_rows_;     // [terms][key_block][row words]
+  float* ds_keys_;     // [terms][key words][row_block]
+  float* k_dims_;      // [terms][dims][key words]
 };
 
-using BackwardBfloat16 = MatrixOperand;
-#elif FA_BFLOAT16_DOT
-using BackwardBfloat16 = Bfloat16Operand;
+struct BackwardOperands {
+  using Bfloat16 = MatrixOperand<1>;
+  using Float16 = MatrixOperand<2>;
+  using Float32 = MatrixOperand<3>;
+  static constexpr int pairs_for_float16 = 96;
+  static constexpr int pairs_for_float32 = 300;
+};
 #else
-using BackwardBfloat16 = Float32Operand;
+struct BackwardOperands {
+  using Bfloat16 = std::conditional_t<FA_BFLOAT16_DOT != 0, Bfloat16Operand, Float32Operand>;
+  using Float16 = Float32Operand;
+  using Float32 = Float32Operand;
+  static constexpr int pairs_for_float16 = 0;
+  static constexpr int pairs_for_float32 = 0;
+};
 #endif
 
 }  // namespace

@@ -64,8 +64,11 @@ inline void finish_rows(const DecodeProducts& products, const DecodePass& pass, 
     products.order_dims(state.o + row * state.sizes.o_stride, pass.problem->head_dim_v);
   }
   for (int i = 0; i < state.panel_count; ++i) {
-    finish_panel(*pass.problem, *pass.outputs, *task.unit, state.panels[i], state.softmax[i], i * panel_rows,
-                 state.o + i * panel_rows * state.sizes.o_stride, state.sizes.o_stride, task.partial);
+    float* o = state.o + i * panel_rows * state.sizes.o_stride;
+    finish_panel(*pass.problem, *pass.outputs, *task.unit, state.panels[i], state.softmax[i], i * panel_rows, task.partial,
+                 [&](const auto& visit) {
+                   for (int lane = 0; lane < state.panels[i].rows; ++lane) visit(lane, o + lane * state.sizes.o_stride);
+                 });
   }
 }
 

@@ -6,7 +6,7 @@
 #include <type_traits>
 
 #include "cpu/key_row.h"
-#include "cpu/matrix_tiles.h"
+#include "cpu/operand.h"
 
 #if !defined(FA_TWO_STREAMS)  // 1: from memory the level's processors read two streams faster than four
 #define FA_TWO_STREAMS 0

@@ -9,17 +9,18 @@ namespace {
 
 // Keys of a score tile of a whole panel: key blocks are a multiple. A panel of fewer rows may have larger ones, so that scores
 // of as many keys past a block's end are computed, and ignored.
-constexpr int forward_key_tile = FA_BFLOAT16_TILES ? 2 * matrix_tile : score_keys<panel_vectors>;
-constexpr int most_keys_past_end = FA_BFLOAT16_TILES ? 2 * matrix_tile : score_keys<1>;
+constexpr int forward_key_tile = FA_MATRIX_TILES ? 2 * matrix_tile : score_keys<panel_vectors>;
+constexpr int most_keys_past_end = FA_MATRIX_TILES ? 2 * matrix_tile : score_keys<1>;
 
-// A packed block: K [key block + overhang][dim words], V [dim panels][key words][dim_panel]; sizes are those of float32.
+// A packed block: K [key block + overhang][dim words], V [dim panels][key words][dim_panel], for matrix tiles
+// [terms][dims][key words]; sizes are those of float32.
 
 inline std::int64_t packed_keys_size(const AttentionProblem& problem, std::int32_t key_block) {
   return std::int64_t{key_block + most_keys_past_end} * row_floats(problem.scored_dims());
 }
 
 inline std::int64_t packed_block_size(const AttentionProblem& problem, std::int32_t key_block) {
-  return packed_keys_size(problem, key_block) + std::int64_t{key_block} * round_up(problem.head_dim_v, dim_panel);
+  return packed_keys_size(problem, key_block) + std::int64_t{key_block} * row_floats(round_up(problem.head_dim_v, dim_panel));
 }
 
 inline BlockParts parts_of_block(const ForwardPass& pass, float* floats) {
@@ -31,7 +32,7 @@ template <class Operand>
 inline void pack_scored_rows(const AttentionProblem& problem, const KeyReader& reader, KeyBlock keys, float* packed) {
   const int dim = problem.scored_dims();
   float buffer[padded_head_dim];
-  for (int i = 0; i < keys.size; ++i, packed += words<Operand>(dim)) {
+  for (int i = 0; i < keys.size; ++i, packed += row_words<Operand>(dim)) {
     reader.fetch_scored_ahead(keys.begin + i);
     if (const char* pairs = reader.template words_of_key<Operand>(keys.begin + i)) {
       const int used = dim / 2;
@@ -50,7 +51,11 @@ inline void pack_keys_values(const ForwardPass& pass, const Unit& unit, std::int
   const KeyReader reader(problem, *pass.inputs, unit);
   const BlockParts parts = parts_of_block(pass, packed);
   pack_scored_rows<Operand>(problem, reader, keys, parts.k);
-  pack_value_panels<Operand>(reader, values_of(problem, *pass.inputs), unit, keys, parts.v);
+  if constexpr (is_matrix_operand<Operand>) {
+    pack_value_dims<Operand>(reader, values_of(problem, *pass.inputs), unit, keys, parts.v);
+  } else {
+    pack_value_panels<Operand>(reader, values_of(problem, *pass.inputs), unit, keys, parts.v);
+  }
 }
 
 // Those of the task's unit, which other threads pack, too, or two of its own in turn.

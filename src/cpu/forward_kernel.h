@@ -12,7 +12,7 @@
 #include <new>
 
 #include "cpu/forward_blocks.h"
-#include "cpu/forward_scores.h"
+#include "cpu/matrix_scores.h"
 
 namespace flash_attn::cpu::FA_LEVEL {
 namespace {
@@ -24,7 +24,7 @@ constexpr int task_panels = 4;  // panels of rows that share a key block while i
 struct PanelState {
   int first_row;        // of the unit's
   float* q_transposed;  // [dim words][width]
-  float* o;             // [width][dims]
+  float* o;             // [width][dims], or as ForwardProducts gathers it
   SoftmaxState softmax;
   bool is_empty;     // no key was added yet
   bool is_finished;  // the result is written
@@ -38,8 +38,8 @@ struct BlockContext {
   std::int32_t key_begin;  // position of the block's first key
   ScoreContext scores;
   const ScoreSteps* steps;
-  float* tile;             // S, then P
-  float* transposed_tile;  // of the same size
+  float* tile;        // S, then P
+  float* words_of_p;  // where ForwardProducts wants P in a place of its own
   PackAhead<Operand>* ahead;
 };
 
@@ -50,23 +50,20 @@ inline void attend(const BlockContext<Operand>& block, const RowPanel& panel, Pa
   const int begin = max_of(panel.some.begin - block.key_begin, 0) / depth_granule<Operand> * depth_granule<Operand>;
   const int end = min_of(panel.some.end - block.key_begin, block.pass->key_block);
   if (begin >= end) return;
-  const int dim_words = words<Operand>(problem.scored_dims());
+  const int dim_words = row_words<Operand>(problem.scored_dims());
   const ScoreTile tile = {block.tile, N * lanes, end - begin, block.key_begin + begin};
   const float* k = block.parts.k + std::int64_t{begin} * dim_words;
-  const float* v = block.parts.v + std::int64_t{begin / Operand::per_word} * dim_panel;
-  const std::int64_t v_panel_stride = std::int64_t{words<Operand>(block.pass->key_block)} * dim_panel;
 
   using Products = ForwardProducts<Operand>;
   Staircase staircase;
   staircase.add(panel, tile.key_begin, tile.keys);
   block.ahead->add_mask(block.scores.inputs->attn_mask, *block.task->unit, panel, {tile.key_begin, tile.key_begin + tile.keys});
   const SummedRows rows = {state.is_empty ? nullptr : state.o, round_up(problem.head_dim_v, dim_panel)};
-  BlockScores<Operand, N>(*block.steps, block.scores, panel, staircase, tile, state.softmax, rows)
-      .compute(k, dim_words, state.q_transposed, *block.ahead);
-  if (problem.has_dropout) drop_probabilities(problem, *block.pass->inputs, panel, tile);
+  BlockScores<Operand, N> scores(*block.steps, block.scores, panel, staircase, tile, state.softmax, rows, block.words_of_p);
+  const auto& p = scores.compute(k, dim_words, state.q_transposed, *block.ahead);
   const auto add_values = [&](const ResultRows* results) {
-    Products::template values<N>(tile.scores, tile.keys, v, v_panel_stride, panels_of(problem.head_dim_v), staircase,
-                                 {state.o, state.is_empty, results}, block.transposed_tile, *block.ahead);
+    Products::template values<N>(p, {begin, end}, block.parts.v, words<Operand>(block.pass->key_block),
+                                 panels_of(problem.head_dim_v), staircase, {state.o, state.is_empty, results}, *block.ahead);
   };
   const ForwardTask& task = *block.task;
   const ForwardOutputs& outputs = *block.pass->outputs;
@@ -88,7 +85,7 @@ template <class Operand>
 inline void pack_queries(const ForwardPass& pass, const ForwardTask& task, const RowPanel& panel, int first, float* packed) {
   const AttentionProblem& problem = *pass.problem;
   const AttentionInputs& inputs = *pass.inputs;
-  const int dim_words = words<Operand>(problem.scored_dims());
+  const int dim_words = row_words<Operand>(problem.scored_dims());
   const PackedRows* copies = task.queries;
   if (copies && copies->unit == task.unit && copies->row_begin == task.row_begin) {
     return pack_transposed(panel, dim_words, packed, [&](int lane, float*) {
@@ -106,7 +103,8 @@ inline std::int64_t forward_scratch_size(const ForwardPass& pass) {
   const std::int64_t dims_v = round_up(pass.problem->head_dim_v, dim_panel);
   const std::int64_t mask_rows = std::int64_t{lanes} * round_up(pass.key_block, lanes);
   const std::int64_t tile = std::int64_t{pass.key_block + most_keys_past_end} * panel_rows;
-  return mask_rows + 2 * tile + task_panels * panel_rows * (dim + dims_v) + TaskBlocks<Float32Operand>::own_size(pass);
+  return mask_rows + tile + row_floats(static_cast<int>(tile)) + task_panels * panel_rows * (dim + dims_v) +
+         TaskBlocks<Float32Operand>::own_size(pass);
 }
 
 template <class Operand>
@@ -123,7 +121,7 @@ inline void forward_rows(const ForwardPass& pass, const ForwardTask& task, float
   const auto take = [&next](std::int64_t size) { return (next += size) - size; };
   float* mask_rows = take(std::int64_t{lanes} * round_up(pass.key_block, lanes));
   float* tile = take(std::int64_t{pass.key_block + most_keys_past_end} * panel_rows);
-  float* transposed_tile = take(std::int64_t{pass.key_block + most_keys_past_end} * panel_rows);
+  float* words_of_p = take(row_floats((pass.key_block + most_keys_past_end) * panel_rows));
 
   RowPanel panels[task_panels];
   PanelState states[task_panels];
@@ -158,7 +156,7 @@ inline void forward_rows(const ForwardPass& pass, const ForwardTask& task, float
         {&problem, &inputs, &unit, scale, mask_rows, round_up(pass.key_block, lanes), nullptr},
         &steps,
         tile,
-        transposed_tile,
+        words_of_p,
         &ahead};
     for (int i = 0; i < panel_count; ++i) {
       switch (panels[i].vectors) {
@@ -185,7 +183,8 @@ inline void forward_rows(const ForwardPass& pass, const ForwardTask& task, float
     const PanelState& state = states[i];
     if (state.is_finished) continue;
     if (state.is_empty) std::memset(state.o, 0, sizeof(float) * static_cast<std::size_t>(panels[i].width() * dims_v));
-    finish_panel(problem, *pass.outputs, unit, panels[i], state.softmax, state.first_row, state.o, dims_v, task.partial);
+    finish_panel(problem, *pass.outputs, unit, panels[i], state.softmax, state.first_row, task.partial,
+                 [&](const auto& visit) { ForwardProducts<Operand>::visit_rows(state.o, dims_v, panels[i], visit); });
   }
 }
 

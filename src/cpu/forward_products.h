@@ -11,7 +11,7 @@ namespace {
 
 // A panel's rows of O while a block of keys is added to them.
 struct RowsOfO {
-  float* sums;                // [rows][dims]
+  float* sums;                // [rows][dims]; matrix tiles: O^T [dims][rows]
   bool are_empty;             // no block came before: sums are not read
   const ResultRows* results;  // where the rows go after the last block; null: they stay in sums
 };
@@ -59,7 +59,6 @@ struct ForwardProducts {
   static constexpr bool leaves_scale = false;
   static constexpr bool leaves_results = true;                      // in their place, see RowsOfO
   static constexpr bool softmax_beside = FA_LEVEL::softmax_beside;  // see forward_scores.h
-
   // S^T [keys][stride] = scale K [keys][dim words] Q^T [dim words][N vectors], of a range of keys. Scores of the last tile may
   // be of keys past the end.
   template <int N>
@@ -67,74 +66,148 @@ struct ForwardProducts {
                                const Staircase& steps, float* scores, std::int64_t stride, PackAhead<Operand>& ahead) {
     staircase_scores<Operand, N>(k, dim_words, q_transposed, keys, scale, steps, scores, stride, 0, ahead);
   }
-
-  // O [rows][dims] += P V, P [keys][N vectors] of which `keys` count, V [dim panels][key words][dim_panel]; P is lost.
+  // O [rows][dims] += P V, P [keys][N vectors], V [dim panels][key words][dim_panel], of a range of its keys; P is lost.
   template <int N>
-  static FA_INLINE void values(float* p, int keys, const float* v, std::int64_t v_panel_stride, int panels_v,
-                               const Staircase& steps, const RowsOfO& o, float*, PackAhead<Operand>& ahead) {
-    const float* words_of_p = pack_along_keys<Operand>(p, N * lanes, keys, p);
-    value_product<Operand, N>(words_of_p, v, v_panel_stride, panels_v, steps, o, ahead);
+  static FA_INLINE void values(const ScoreTile& p, KeyRange keys, const float* v, int key_words, int panels_v,
+                               const Staircase& steps, const RowsOfO& o, PackAhead<Operand>& ahead) {
+    const float* words_of_p = pack_along_keys<Operand>(p.scores, N * lanes, p.keys, p.scores);
+    value_product<Operand, N>(words_of_p, v + std::int64_t{keys.begin / Operand::per_word} * dim_panel,
+                              std::int64_t{key_words} * dim_panel, panels_v, steps, o, ahead);
+  }
+
+  // visit(lane, row of O) of a panel.
+  template <class Visit>
+  static void visit_rows(float* o, int dims, const RowPanel& panel, const Visit& visit) {
+    for (int lane = 0; lane < panel.rows; ++lane) visit(lane, o + std::int64_t{lane} * dims);
   }
 };
 
-#if FA_BFLOAT16_TILES
+#if FA_MATRIX_TILES
 
-// P^T [rows][key words] from P [keys][N vectors], zero from `keys` to the end of the last word's tile.
-template <int N>
-inline void transpose_probabilities(const float* p, int keys, float* transposed, int key_words) {
-  for (int first = 0; first < key_words; first += lanes) {
-    for (int n = 0; n < N; ++n) {
-      Vec block[lanes];
-      for (int i = 0; i < lanes; ++i) {
-        const int key = 2 * (first + i);
-        const float* row = p + std::int64_t{key} * N * lanes + n * lanes;
-        block[i] = MatrixOperand::word({key < keys ? load(row) : Vec{}, key + 1 < keys ? load(row + N * lanes) : Vec{}});
-      }
-      transpose(block);
-      for (int i = 0; i < lanes; ++i) store(transposed + (n * lanes + i) * key_words + first, block[i]);
+// P of a panel of rows and a block of keys in words of neighbouring keys, [terms][key words][N vectors].
+template <class Operand, int N>
+struct WordsOfP {
+  float* first;
+  int key_words;
+
+  float* at(int word) const { return first + word * N * lanes; }
+  std::int64_t term() const { return std::int64_t{key_words} * N * lanes; }
+
+  // Two keys of the vector whose words begin at `word`.
+  FA_INLINE void put(float* word, Vec p, Vec of_next_key) const {
+    Vec words[Operand::terms];
+    Operand::split_words(p, of_next_key, words);
+    for (int i = 0; i < Operand::terms; ++i) store(word + i * term(), words[i]);
+  }
+
+  // The words before `end`, by a factor a row.
+  void scale(int end, const float* factors) const {
+    for (int vector = 0; vector < end * N; ++vector) {
+      float* word = first + vector * lanes;
+      Vec words[Operand::terms];
+      for (int i = 0; i < Operand::terms; ++i) words[i] = load(word + i * term());
+      Vec p[2];
+      Operand::join_words(words, p);
+      const Vec factor = load(factors + vector % N * lanes);
+      put(word, p[0] * factor, p[1] * factor);
     }
   }
-}
 
-template <>
-struct ForwardProducts<MatrixOperand> {
+  void drop(const AttentionProblem& problem, const AttentionInputs& inputs, const RowPanel& panel,
+            const ScoreTile& tile) const {
+    visit_dropout(problem, inputs.dropout_key, panel, tile.key_begin, tile.keys, [&](int key, int n, IVec keep) {
+      const IVec halves = key % 2 == 0 ? keep | ~0xffff : keep | 0xffff;
+      for (int i = 0; i < Operand::terms; ++i) {
+        float* word = at(key / 2) + i * term() + n * lanes;
+        store(word, from_bits(bits_of(load(word)) & halves));
+      }
+    });
+  }
+
+  void clear_from(int word) const {
+    for (int i = 0; i < Operand::terms; ++i) {
+      for (int vector = word * N; vector < key_words * N; ++vector) store(first + i * term() + vector * lanes, Vec{});
+    }
+  }
+};
+
+// O is gathered as O^T += V^T P^T, whose right operand is S^T as it lies, in words of neighbouring keys.
+template <int terms>
+struct ForwardProducts<MatrixOperand<terms>> {
+  using Operand = MatrixOperand<terms>;
   using Unit = MatrixUnit;
-  static constexpr bool leaves_results = false;
-  static constexpr bool softmax_beside = false;
+  static constexpr bool leaves_results = true;
   static constexpr bool leaves_scale = true;  // tiles are stored as they are: who reads scores next scales them
+  static constexpr int M = tiles_of_left<terms>;
+  static constexpr int keys_of_tile = M * matrix_tile;
   static_assert(lanes == matrix_tile && dim_panel == 2 * matrix_tile);
 
+  // How often score_tile calls beside.step().
+  static int steps_of_tile(int dim_words) { return M * (dim_words / terms / matrix_tile) * pairs_of_terms<terms>; }
+  // S^T [keys of a tile][N vectors] = K [keys][terms][dim words] Q^T [terms][dim words][N vectors].
+  template <int N, class Beside>
+  static FA_INLINE void score_tile(const float* k, int dim_words, const float* q_transposed, float* scores, Beside& beside) {
+    const int words_of_term = dim_words / terms;
+    multiply_tiles<terms, M, N>(false, scores, N * lanes, {k, dim_words, words_of_term},
+                                {q_transposed, N * lanes, std::int64_t{words_of_term} * N * lanes}, words_of_term / matrix_tile,
+                                beside);
+  }
+
+  // O^T [dims][N vectors] += V^T P^T
   template <int N>
-  static inline void scores(const float* k, int dim_words, const float* q_transposed, KeyRange keys, float, const Staircase&,
-                            float* scores, std::int64_t stride, PackAhead<MatrixOperand>&) {
-    constexpr int M = 2;
-    for (int key = keys.begin; key < keys.end; key += M * matrix_tile) {
-      float* tile = scores + key * stride;
-      multiply_tiles<M, N>(false, tile, stride, k + std::int64_t{key} * dim_words, dim_words, q_transposed, N * lanes,
-                           dim_words / matrix_tile);
+  static inline void values(const WordsOfP<Operand, N>& p, KeyRange keys, const float* v, int key_words, int panels_v,
+                            const Staircase&, const RowsOfO& rows, PackAhead<Operand>&) {
+    float* o = rows.sums;
+    const int dims = panels_v * dim_panel;
+    for (int d = 0; d < dims; d += M * matrix_tile) {
+      multiply_tiles<terms, M, N>(!rows.are_empty, o + d * N * lanes, N * lanes,
+                                  {v + std::int64_t{d} * key_words + keys.begin / 2, key_words, std::int64_t{dims} * key_words},
+                                  {p.first, N * lanes, p.term()}, p.key_words / matrix_tile);
     }
+    if (rows.results) leave_results<N>(o, panels_v, *rows.results);
   }
 
   template <int N>
-  static inline void values(float* p, int keys, const float* v, std::int64_t v_panel_stride, int panels_v, const Staircase&,
-                            const RowsOfO& rows, float* scratch, PackAhead<MatrixOperand>&) {
-    float* o = rows.sums;
-    const int key_words = words<MatrixOperand>(keys);
-    const std::int64_t dims = std::int64_t{panels_v} * dim_panel;
-    transpose_probabilities<N>(p, keys, scratch, key_words);
-    if (rows.are_empty) std::memset(o, 0, sizeof(float) * static_cast<std::size_t>(N * lanes * dims));
-    for (int panel = 0; panel < panels_v; ++panel) {
-      multiply_tiles<N, 2>(true, o + panel * dim_panel, dims, scratch, key_words, v + panel * v_panel_stride, dim_panel,
-                           key_words / matrix_tile);
+  static inline void leave_results(const float* o, int panels_v, const ResultRows& results) {
+    for (int n = 0; n < N; ++n) {
+      for (int panel = 0; panel < panels_v; ++panel) {
+        Vec block[dim_vectors][lanes];
+        for (int part = 0; part < dim_vectors; ++part) {
+          const float* dims = o + std::int64_t{panel * dim_panel + part * lanes} * N * lanes + n * lanes;
+          for (int i = 0; i < lanes; ++i) block[part][i] = load(dims + i * N * lanes);
+          transpose(block[part]);
+        }
+        for (int i = 0; i < lanes; ++i) results.write(n * lanes + i, panel, {block[0][i], block[1][i]});
+      }
+    }
+  }
+
+  template <class Visit>
+  static void visit_rows(const float* o, int dims, const RowPanel& panel, const Visit& visit) {
+    float rows[lanes][padded_head_dim];
+    for (int v = 0; v < panel.vectors; ++v) {
+      read_transposed(o + v * lanes, panel.width(), dims, rows);
+      for (int i = 0; i < lanes && v * lanes + i < panel.rows; ++i) visit(v * lanes + i, rows[i]);
     }
   }
 };
 
-using ForwardBfloat16 = MatrixOperand;
-#elif FA_BFLOAT16_DOT
-using ForwardBfloat16 = Bfloat16Operand;
+// Several terms take longer to pack, and pay where a row or key meets so many others.
+struct ForwardOperands {
+  using Bfloat16 = MatrixOperand<1>;
+  using Float16 = MatrixOperand<2>;
+  using Float32 = MatrixOperand<3>;
+  static constexpr int pairs_for_float16 = 96;
+  static constexpr int pairs_for_float32 = 192;
+};
 #else
-using ForwardBfloat16 = Float32Operand;
+struct ForwardOperands {
+  using Bfloat16 = std::conditional_t<FA_BFLOAT16_DOT != 0, Bfloat16Operand, Float32Operand>;
+  using Float16 = Float32Operand;
+  using Float32 = Float32Operand;
+  static constexpr int pairs_for_float16 = 0;
+  static constexpr int pairs_for_float32 = 0;
+};
 #endif
 
 }  // namespace

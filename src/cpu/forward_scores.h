@@ -12,13 +12,14 @@ namespace flash_attn::cpu::FA_LEVEL {
 namespace {
 
 // Of P of a tile of M keys: beyond it one is more than 2^most_above_m, so that m rises when the tile is taken anew.
-constexpr float largest_sum = 4096.0f;
+template <int M>
+constexpr float largest_sum = M * 512.0f;
 
 // P of M keys by N vectors of rows from their scores, which lie side by side, over `scale`. In place, a key a step.
 template <int M, int N>
 class TileSoftmax {
  public:
-  static_assert(most_above_m == 8.0f && largest_sum > M * 256.0f);
+  static_assert(most_above_m == 8.0f);  // 256
 
   // Null: no scores.
   TileSoftmax(float* scores, const float* scale, const SoftmaxState& state)
@@ -46,7 +47,7 @@ class TileSoftmax {
       sum[n] = load(scores_ + n * lanes);
 #pragma GCC unroll 8
       for (int m = 1; m < M; ++m) sum[n] += load(scores_ + (m * N + n) * lanes);
-      fits &= sum[n] < largest_sum;
+      fits &= sum[n] < largest_sum<M>;
     }
     if (any_of(~fits)) return false;
 #pragma GCC unroll 4
@@ -80,10 +81,10 @@ __attribute__((noinline)) bool score_tile_beside(const float* k, int dim_words, 
   return before.finish(state);
 }
 
-// What a block of keys is added to: the rows of O [rows][dims], null before the first block.
+// What a block of keys is added to: O of a panel, null before the first block.
 struct SummedRows {
   float* o;
-  std::int64_t dims;
+  int dims;
 };
 
 template <class Operand, int N>
@@ -92,11 +93,11 @@ class BlockScores {
   // `tile` begins with the key of k's first row and is of N vectors of rows side by side; what `staircase` knows is counted
   // from there, too.
   BlockScores(const ScoreSteps& steps, const ScoreContext& context, const RowPanel& panel, const Staircase& staircase,
-              const ScoreTile& tile, SoftmaxState& state, SummedRows rows)
+              const ScoreTile& tile, SoftmaxState& state, SummedRows rows, float*)
       : steps_(steps), context_(context), panel_(panel), staircase_(staircase), tile_(tile), state_(state), rows_(rows) {}
 
-  // The tile becomes P, of K [keys][dim words] and Q^T [dim words][N vectors].
-  void compute(const float* k, int dim_words, const float* q_transposed, PackAhead<Operand>& ahead) {
+  // P after dropout, in place of S, of K [keys][dim words] and Q^T [dim words][N vectors].
+  const ScoreTile& compute(const float* k, int dim_words, const float* q_transposed, PackAhead<Operand>& ahead) {
     k_ = k;
     dim_words_ = dim_words;
     q_transposed_ = q_transposed;
@@ -104,6 +105,8 @@ class BlockScores {
     score_first({0, plain.begin}, ahead);
     if constexpr (Products::softmax_beside) score_beside(plain, ahead);
     score_first({plain.end, tile_.keys}, ahead);
+    if (context_.problem->has_dropout) drop_probabilities(*context_.problem, *context_.inputs, panel_, tile_);
+    return tile_;
   }
 
  private:
@@ -156,7 +159,7 @@ class BlockScores {
         for (int n = 0; n < N; ++n) store(p + n * lanes, load(p + n * lanes) * load(factors + n * lanes));
       }
       for (int row = 0; rows_.o && row < N * lanes; ++row) {
-        if (factors[row] != 1.0f) scale_row(rows_.o + row * rows_.dims, factors[row], static_cast<int>(rows_.dims));
+        if (factors[row] != 1.0f) scale_row(rows_.o + std::int64_t{row} * rows_.dims, factors[row], rows_.dims);
       }
     });
   }

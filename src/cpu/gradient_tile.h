@@ -201,8 +201,8 @@ inline void panel_gradients(const GradientContext<Operand>& context, const Block
   const AttentionProblem& problem = *pass.problem;
   const KeyBlockBuffers<Operand>& buffers = context.buffers;
   const ScoreScale scale(problem);
-  const int dim_words = words<Operand>(problem.head_dim);
-  const int dim_v_words = words<Operand>(problem.head_dim_v);
+  const int dim_words = row_words<Operand>(problem.head_dim);
+  const int dim_v_words = row_words<Operand>(problem.head_dim_v);
   const float* q = pair.rows.q_transposed + std::int64_t{column} * dim_words;
   const float* dout = pair.rows.dout_transposed + std::int64_t{column} * dim_v_words;
 

@@ -10,8 +10,8 @@ namespace {
 // every sum.
 template <class Operand>
 inline std::int32_t key_block_size(const AttentionProblem& problem) {
-  if (Operand::word_granule > 1) return 256;        // a chip with matrix tiles has 2 MiB
-  constexpr std::int32_t cache_floats = 96 * 1024;  // of 512 KiB
+  if (is_matrix_operand<Operand>) return Operand::terms == 1 ? 256 : 128;  // a chip with matrix tiles has 2 MiB
+  constexpr std::int32_t cache_floats = 96 * 1024;                         // of 512 KiB
   constexpr std::int32_t granule = 24;
   const std::int32_t fits = cache_floats / (3 * problem.head_dim + 2 * problem.head_dim_v);
   return clamp_to(fits / granule * granule, granule, 192);
@@ -35,7 +35,8 @@ struct KeyBlockBuffers {
 
   static std::int64_t size(const AttentionProblem& problem, std::int32_t key_block) {
     const std::int64_t panels = panels_of(problem.head_dim) + panels_of(problem.head_dim_v);
-    return key_block * (words<Operand>(problem.head_dim) + words<Operand>(problem.head_dim_v) + panels * dim_panel + lanes);
+    return key_block *
+           (row_words<Operand>(problem.head_dim) + row_words<Operand>(problem.head_dim_v) + panels * dim_panel + lanes);
   }
 
   KeyBlockBuffers(const AttentionProblem& problem, std::int32_t key_block, float* memory) {
@@ -43,21 +44,21 @@ struct KeyBlockBuffers {
     dk = take(round_up(problem.head_dim, dim_panel));
     dv = take(round_up(problem.head_dim_v, dim_panel));
     mask_rows = take(lanes);
-    k_rows = take(words<Operand>(problem.head_dim));
-    v_rows = take(words<Operand>(problem.head_dim_v));
+    k_rows = take(row_words<Operand>(problem.head_dim));
+    v_rows = take(row_words<Operand>(problem.head_dim_v));
   }
 };
 
 template <class Operand>
 inline void pack_key_rows(const BackwardPass& pass, const KeyReader& reader, const Unit& unit, KeyBlock keys,
                           const KeyBlockBuffers<Operand>& buffers) {
-  float buffer[padded_head_dim];
+  float buffer[padded_row];
   const auto pack = [&](const KeyTensor& source, float* packed) {
-    const int row_words = words<Operand>(source.dim);
-    for (int i = 0; i < keys.size; ++i, packed += row_words) {
+    const int size = row_words<Operand>(source.dim);
+    for (int i = 0; i < keys.size; ++i, packed += size) {
       reader.fetch_ahead(source, keys.begin + i);
       const float* row = view_words<Operand>(reader, source, unit, keys.begin + i, buffer);
-      std::memcpy(packed, row, sizeof(float) * static_cast<std::size_t>(row_words));
+      std::memcpy(packed, row, sizeof(float) * static_cast<std::size_t>(size));
     }
   };
   pack(keys_of(*pass.problem, *pass.inputs), buffers.k_rows);

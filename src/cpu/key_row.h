@@ -2,13 +2,14 @@
 #pragma once
 
 #include "cpu/group_numbers.h"
+#include "cpu/operand.h"
 #include "cpu/paired_dims.h"
 
 namespace flash_attn::cpu::FA_LEVEL {
 namespace {
 
 // What a page that does not exist holds.
-alignas(64) constexpr char zero_row[max_head_dim_of_tensor * sizeof(float)] = {};
+alignas(64) constexpr char zero_row[row_floats(max_head_dim_of_tensor) * sizeof(float)] = {};
 
 // k or v of a call.
 struct KeyTensor {

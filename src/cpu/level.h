@@ -8,6 +8,10 @@
 #include "cpu/forward_kernel.h"
 #include "cpu/mask_gradient_kernel.h"
 
+#if !defined(FA_TILES_FOR_FEW)  // 1: matrix tiles for every shape, so that tests reach them
+#define FA_TILES_FOR_FEW 0
+#endif
+
 #define FA_JOIN_(a, b) a##b
 #define FA_JOIN(a, b) FA_JOIN_(a, b)
 #define FA_STRING_(a) #a
@@ -17,35 +21,52 @@ namespace flash_attn::cpu {
 namespace FA_LEVEL {
 namespace {
 
-// The kernel of the operand that suits a pass. The numbers of a quantised cache are not bfloat16.
-#define FA_CHOOSE_OPERAND(kernel, of_bfloat16, pass, ...)                                                        \
-  ((pass).problem->dtype == DType::bfloat16 && !(pass).inputs->cache.k.scales ? kernel<of_bfloat16>(__VA_ARGS__) \
-                                                                              : kernel<Float32Operand>(__VA_ARGS__))
+// About how many keys a row meets, or rows a key: the fewer of both.
+int mean_pairs(const AttentionProblem& problem) {
+  const auto at_most = [](std::int64_t a, std::int64_t b) { return a < b ? a : b; };
+  const std::int64_t rows = std::int64_t{problem.max_seqlen_q} * problem.group();
+  std::int64_t keys = problem.causal ? problem.max_seqlen_k / 2 : problem.max_seqlen_k;
+  if (problem.causal && problem.window_left >= 0) keys = at_most(keys, std::int64_t{problem.window_left} + 1);
+  const std::int64_t rows_of_key = rows * keys / max_of(problem.max_seqlen_k, 1);
+  return static_cast<int>(at_most(at_most(keys, rows_of_key), highest_int));
+}
+
+// visit(the operand that suits a pass). The numbers of a quantised cache are not bfloat16.
+template <class Operands, class Pass, class Visit>
+auto with_operand(const Pass& pass, const Visit& visit) {
+  const AttentionProblem& problem = *pass.problem;
+  const int pairs = FA_TILES_FOR_FEW ? highest_int : mean_pairs(problem);
+  if (problem.dtype == DType::float32) {
+    return pairs >= Operands::pairs_for_float32 ? visit(typename Operands::Float32{}) : visit(Float32Operand{});
+  }
+  if (problem.dtype == DType::bfloat16 && !pass.inputs->cache.k.scales) return visit(typename Operands::Bfloat16{});
+  return pairs >= Operands::pairs_for_float16 ? visit(typename Operands::Float16{}) : visit(Float32Operand{});
+}
 
 void run_pack_keys_values(const ForwardPass& pass, const Unit& unit, std::int32_t block, float* packed) {
-  FA_CHOOSE_OPERAND(pack_keys_values, ForwardBfloat16, pass, pass, unit, block, packed);
+  with_operand<ForwardOperands>(pass, [&](auto of) { pack_keys_values<decltype(of)>(pass, unit, block, packed); });
 }
 void run_forward_rows(const ForwardPass& pass, const ForwardTask& task, float* scratch) {
-  FA_CHOOSE_OPERAND(forward_rows, ForwardBfloat16, pass, pass, task, scratch);
+  with_operand<ForwardOperands>(pass, [&](auto of) { forward_rows<decltype(of)>(pass, task, scratch); });
 }
 BackwardBlocks run_backward_blocks(const BackwardPass& pass) {
-  return FA_CHOOSE_OPERAND(backward_blocks, BackwardBfloat16, pass, pass);
+  return with_operand<BackwardOperands>(pass, [&](auto of) { return backward_blocks<decltype(of)>(pass); });
 }
 void run_prepare_rows(const BackwardPass& pass, const Unit& unit, std::int32_t row_begin, float* rows) {
-  FA_CHOOSE_OPERAND(prepare_rows, BackwardBfloat16, pass, pass, unit, row_begin, rows);
+  with_operand<BackwardOperands>(pass, [&](auto of) { prepare_rows<decltype(of)>(pass, unit, row_begin, rows); });
 }
 void run_add_sink_gradient(const BackwardPass& pass, const Unit& unit, std::int32_t row_begin, const float* rows,
                            double* dsink) {
-  FA_CHOOSE_OPERAND(add_sink_gradient, BackwardBfloat16, pass, pass, unit, row_begin, rows, dsink);
+  with_operand<BackwardOperands>(pass, [&](auto of) { add_sink_gradient<decltype(of)>(pass, unit, row_begin, rows, dsink); });
 }
 void run_backward_keys(const BackwardPass& pass, const BackwardTask& task, float* scratch) {
-  FA_CHOOSE_OPERAND(backward_keys, BackwardBfloat16, pass, pass, task, scratch);
+  with_operand<BackwardOperands>(pass, [&](auto of) { backward_keys<decltype(of)>(pass, task, scratch); });
 }
 void run_write_query_gradients(const BackwardPass& pass, const Unit& unit, std::int32_t row_begin, const float* dq) {
-  FA_CHOOSE_OPERAND(write_query_gradients, BackwardBfloat16, pass, pass, unit, row_begin, dq);
+  with_operand<BackwardOperands>(pass, [&](auto of) { write_query_gradients<decltype(of)>(pass, unit, row_begin, dq); });
 }
 void run_add_mask_gradient(const BackwardPass& pass, const MaskGradientTask& task, float* scratch) {
-  FA_CHOOSE_OPERAND(add_mask_gradient, BackwardBfloat16, pass, pass, task, scratch);
+  with_operand<BackwardOperands>(pass, [&](auto of) { add_mask_gradient<decltype(of)>(pass, task, scratch); });
 }
 
 }  // namespace

@@ -5,16 +5,35 @@
 
 #include "cpu/operand.h"
 
-#if !defined(FA_BFLOAT16_TILES)  // 1: the level has forward multiply bfloat16 in matrix tiles
-#define FA_BFLOAT16_TILES 0
-#endif
-
 namespace flash_attn::cpu::FA_LEVEL {
 namespace {
 
 constexpr int matrix_tile = 16;  // words a side
+constexpr int matrix_registers = 8;
 
-#if FA_BFLOAT16_TILES && defined(__AVX512BF16__)
+// An operand in memory: [terms][rows][stride], see MatrixOperand.
+struct TermRows {
+  const float* first;
+  std::int64_t stride;  // floats from row to row
+  std::int64_t term;    // and from term to term
+
+  const float* at(int of_term, std::int64_t row, std::int64_t word) const {
+    return first + of_term * term + row * stride + word;
+  }
+};
+
+template <int terms>
+constexpr int pairs_of_terms = terms*(terms + 1) / 2;
+
+// Tiles of A in a product with a panel, three tiles of B: as many as leave registers for what stays from term to term.
+template <int terms>
+constexpr int tiles_of_left = terms == 1 ? 2 : 1;
+
+struct NothingBeside {
+  FA_INLINE void step() {}
+};
+
+#if FA_MATRIX_TILES && defined(__AVX512BF16__)
 
 // The unit's registers, all of the full size, for as long as this lives.
 class MatrixUnit {
@@ -55,47 +74,80 @@ FA_INLINE void multiply_add_tiles() {
   asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(c), "i"(a), "i"(b));
 }
 
-// C [M tiles][N tiles] += A [M tiles][depth tiles] B [depth tiles][N tiles], or = where C is not to be read. Strides from row
-// to row, in floats.
-template <int M, int N>
-FA_INLINE void multiply_tiles(bool add, float* c, std::int64_t c_stride, const float* a, std::int64_t a_stride, const float* b,
-                              std::int64_t b_stride, int depth) {
-  static_assert(M * N <= 6);
-  constexpr int a_tile = 6;
-  constexpr int b_tile = 7;
+// visit(i, j, is i new, is j new) of the terms of A and B whose product counts.
+template <int terms, class Visit>
+FA_INLINE void visit_terms(const Visit& visit) {
+  constexpr Constant<1> yes;
+  constexpr Constant<0> no;
+  if constexpr (terms == 3) {
+    visit(Constant<2>{}, Constant<0>{}, yes, yes);
+    visit(Constant<1>{}, Constant<0>{}, yes, no);
+    visit(Constant<1>{}, Constant<1>{}, no, yes);
+    visit(Constant<0>{}, Constant<1>{}, yes, no);
+    visit(Constant<0>{}, Constant<2>{}, no, yes);
+    visit(Constant<0>{}, Constant<0>{}, no, yes);
+  } else if constexpr (terms == 2) {
+    visit(Constant<1>{}, Constant<0>{}, yes, yes);
+    visit(Constant<0>{}, Constant<0>{}, yes, no);
+    visit(Constant<0>{}, Constant<1>{}, no, yes);
+  } else {
+    visit(Constant<0>{}, Constant<0>{}, yes, yes);
+  }
+}
+
+// C [M tiles][N tiles] += A [M tiles][depth tiles] B [depth tiles][N tiles], or = where C is not to be read; its stride in
+// floats. After each N products comes a step of what goes on beside.
+template <int terms, int M, int N, class Beside = NothingBeside>
+FA_INLINE void multiply_tiles(bool add, float* c, std::int64_t c_stride, const TermRows& a, const TermRows& b, int depth,
+                              Beside&& beside = {}) {
+  // Tiles of A and of B stay in registers from term to term, or each takes the place of the last.
+  constexpr bool stay = M * N + M + N <= matrix_registers;
+  constexpr int a_tile = M * N;
+  constexpr int b_tile = a_tile + (stay ? M : 1);
+  static_assert(b_tile < matrix_registers && (stay || terms == 1));
   const auto c_at = [&](int m, int n) { return c + m * matrix_tile * c_stride + n * matrix_tile; };
-  unroll<M * N>([&](auto i) {
+  unroll<M * N>([&](auto i) FA_INLINE_IF_FAST {
     if (add) {
       load_tile<i>(c_at(i / N, i % N), c_stride);
     } else {
       clear_tile<i>();
     }
   });
-  for (int k = 0; k < depth; ++k) {
-    unroll<M>([&](auto m) {
-      load_tile<a_tile>(a + m * matrix_tile * a_stride + k * matrix_tile, a_stride);
-      unroll<N>([&](auto n) {
-        load_tile<b_tile>(b + k * matrix_tile * b_stride + n * matrix_tile, b_stride);
-        multiply_add_tiles<m * N + n, a_tile, b_tile>();
+  for (int k = 0; k < depth * matrix_tile; k += matrix_tile) {
+    visit_terms<terms>([&](auto i, auto j, auto changes_a, auto changes_b) FA_INLINE_IF_FAST {
+      unroll<M>([&](auto m) FA_INLINE_IF_FAST {
+        constexpr int of_a = stay ? a_tile + m : a_tile;
+        if constexpr (changes_a) load_tile<of_a>(a.at(i, m * matrix_tile, k), a.stride);
+        unroll<N>([&](auto n) FA_INLINE_IF_FAST {
+          constexpr int of_b = stay ? b_tile + n : b_tile;
+          constexpr bool is_new = decltype(changes_b){} && (!stay || decltype(m){} == 0);
+          if constexpr (is_new) load_tile<of_b>(b.at(j, k, n * matrix_tile), b.stride);
+          multiply_add_tiles<decltype(m){} * N + n, of_a, of_b>();
+        });
+        beside.step();
       });
     });
   }
-  unroll<M * N>([&](auto i) { store_tile<i>(c_at(i / N, i % N), c_stride); });
+  unroll<M * N>([&](auto i) FA_INLINE_IF_FAST { store_tile<i>(c_at(i / N, i % N), c_stride); });
 }
 
 #else
 
 struct MatrixUnit {};
 
-template <int M, int N>
-inline void multiply_tiles(bool add, float* c, std::int64_t c_stride, const float* a, std::int64_t a_stride, const float* b,
-                           std::int64_t b_stride, int depth) {
+template <int terms, int M, int N, class Beside = NothingBeside>
+inline void multiply_tiles(bool add, float* c, std::int64_t c_stride, const TermRows& a, const TermRows& b, int depth,
+                           Beside&& = {}) {
   for (int row = 0; row < M * matrix_tile; ++row) {
     for (int column = 0; column < N * matrix_tile; column += lanes) {
       float* destination = c + row * c_stride + column;
       Vec sum = add ? load(destination) : Vec{};
       for (int k = 0; k < depth * matrix_tile; ++k) {
-        sum = Bfloat16Operand::multiply_add(sum, splat(a[row * a_stride + k]), load(b + k * b_stride + column));
+        for (int i = terms - 1; i >= 0; --i) {
+          for (int j = terms - 1 - i; j >= 0; --j) {
+            sum = Bfloat16Operand::multiply_add(sum, splat(*a.at(i, row, k)), load(b.at(j, k, column)));
+          }
+        }
       }
       store(destination, sum);
     }

@@ -168,12 +168,14 @@ struct ResultRows {
 };
 
 // O / l and lse of a panel, the first row of which is `row` of its unit: to the caller, or to a partial result.
+// visit_rows(visit) calls visit(lane, row of O) for each.
+template <class VisitRows>
 inline void finish_panel(const AttentionProblem& problem, const ForwardOutputs& outputs, const Unit& unit,
-                         const RowPanel& panel, const SoftmaxState& state, int row, float* o, std::int64_t o_stride,
-                         const Partial& partial) {
+                         const RowPanel& panel, const SoftmaxState& state, int row, const Partial& partial,
+                         const VisitRows& visit_rows) {
   const std::int64_t size = partial_row_size(problem);
   const RowEnds ends(problem, panel, state);
-  for (int lane = 0; lane < panel.rows; ++lane, o += o_stride) {
+  visit_rows([&](int lane, float* o) {
     scale_row(o, ends.scale[lane], static_cast<int>(size));
     if (partial.o) {
       std::memcpy(partial.o + (row + lane) * size, o, static_cast<std::size_t>(size) * sizeof(float));
@@ -181,7 +183,7 @@ inline void finish_panel(const AttentionProblem& problem, const ForwardOutputs& 
     } else {
       write_result(problem, outputs, panel, unit, lane, o, ends.lse_log2[lane]);
     }
-  }
+  });
   streams_end();
 }
 

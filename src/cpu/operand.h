@@ -1,8 +1,8 @@
 // What a packed operand of a product holds in each 32-bit word, and how two words multiply.
 //
 // Float32Operand: one float32. Bfloat16Operand: two bfloat16 neighbours along the product's depth, for chips whose dot product
-// takes pairs. MatrixOperand: the same, in whole tiles of a matrix unit. Everything else (layouts, loops) is the same: a word
-// is a word, and the depth is counted in words.
+// takes pairs. MatrixOperand: the same, in whole tiles of a matrix unit, and of as many terms as a number needs. Everything
+// else (layouts, loops) is the same: a word is a word, and the depth is counted in words.
 #pragma once
 
 #include "cpu/convert.h"
@@ -15,6 +15,7 @@ namespace flash_attn::cpu::FA_LEVEL {
 namespace {
 
 struct Float32Operand {
+  static constexpr int terms = 1;
   static constexpr int per_word = 1;
   static constexpr int word_granule = 1;  // a depth is a multiple of so many words, zeros after its end
 
@@ -34,9 +35,13 @@ FA_INLINE Half half_of(Vec x) {
 #endif
 }
 
+// Of a number that is a bfloat16.
+FA_INLINE Half high_half(Vec x) { return __builtin_convertvector(reinterpret_cast<UVec>(x) >> 16, Half); }
+
 using Shorts = std::uint16_t __attribute__((vector_size(FA_VECTOR_BYTES)));
 
 struct Bfloat16Operand {
+  static constexpr int terms = 1;
   static constexpr int per_word = 2;
   static constexpr int word_granule = 1;
 
@@ -56,6 +61,9 @@ struct Bfloat16Operand {
 #endif
     return from_bits(reinterpret_cast<IVec>((rounded(neighbours[0]) >> 16) | (rounded(neighbours[1]) & 0xffff0000u)));
   }
+
+  // The nearest bfloat16.
+  static FA_INLINE Vec nearest(Vec x) { return from_bits(reinterpret_cast<IVec>(rounded(x) & 0xffff0000u)); }
 
   static FA_INLINE Vec finite(Vec word) {
     constexpr std::int32_t low_exponent = 0x7f80;
@@ -81,7 +89,7 @@ struct Bfloat16Operand {
     return reinterpret_cast<Vec>(words);
   }
 
- private:
+ protected:
   static FA_INLINE Vec low(Vec x) { return from_bits(bits_of(x) << 16); }
   static FA_INLINE Vec high(Vec x) { return from_bits(bits_of(x) & static_cast<std::int32_t>(0xffff0000)); }
   // To nearest even in the high half. NaN stays NaN: arithmetic makes only quiet ones, whose low bits are 0.
@@ -91,9 +99,61 @@ struct Bfloat16Operand {
   }
 };
 
+// A number is the sum of `count` bfloat16 terms, each of which has rows of words of its own: bfloat16 is one, float16 two,
+// float32 three. Of a product, terms i and j count where i + j < count; what is left out is smaller than float32's rounding, or
+// than that of a 16-bit result.
+template <int count>
 struct MatrixOperand : Bfloat16Operand {
+  static constexpr int terms = count;
   static constexpr int word_granule = 16;
+
+  // The terms of x; the last one is not rounded yet. Of two, the first is the nearest, since their small product is left out;
+  // of three, it is cut off, so that a float32 is their sum to the bit and none becomes infinite. What is not finite has one
+  // term.
+  static FA_INLINE void split(Vec x, Vec (&parts)[count]) {
+    for (int i = 0; i + 1 < count; ++i) {
+      parts[i] = count == 2 ? nearest(x) : high(x);
+      x = select(is_finite(parts[i]), x - parts[i], Vec{});
+    }
+    parts[count - 1] = x;
+  }
+
+  // As bfloat16. x is finite.
+  static FA_INLINE void split_halves(Vec x, Half (&halves)[count]) {
+    for (int i = 0; i + 1 < count; ++i) {
+      const Vec part = count == 2 ? nearest(x) : high(x);
+      halves[i] = high_half(part);
+      x -= part;
+    }
+    halves[count - 1] = count == 3 ? high_half(x) : half_of(x);
+  }
+
+  // The word of two neighbours, for each term. Both are finite.
+  static FA_INLINE void split_words(Vec a, Vec b, Vec (&words)[count]) {
+    for (int i = 0; i + 1 < count; ++i) {
+      if constexpr (count == 2) {
+        words[i] = word({a, b});
+        a -= low(words[i]);
+      } else {
+        words[i] = from_bits(reinterpret_cast<IVec>(reinterpret_cast<UVec>(a) >> 16) | bits_of(high(b)));
+        a -= high(a);
+      }
+      b -= high(words[i]);
+    }
+    words[count - 1] = word({a, b});
+  }
+  // And back.
+  static FA_INLINE void join_words(const Vec (&words)[count], Vec (&neighbours)[2]) {
+    neighbours[0] = neighbours[1] = Vec{};
+    for (int i = count - 1; i >= 0; --i) {
+      neighbours[0] += low(words[i]);
+      neighbours[1] += high(words[i]);
+    }
+  }
 };
+
+template <class Operand>
+constexpr bool is_matrix_operand = Operand::word_granule > 1;
 
 // Neighbours that a depth is a multiple of.
 template <class Operand>
@@ -104,25 +164,44 @@ constexpr int words(int depth) {
   return round_up(depth, depth_granule<Operand>) / Operand::per_word;
 }
 
-// Floats that a row of words takes, whatever the operand.
-constexpr int row_floats(int dim) { return dim > MatrixOperand::word_granule ? dim : MatrixOperand::word_granule; }
+// Of a row of numbers: its terms one after the other.
+template <class Operand>
+constexpr int row_words(int dim) {
+  return Operand::terms * words<Operand>(dim);
+}
 
-// Words whose neighbours lie side by side: packed [words(n)] from row [n], zero past its end. In place allowed.
+// Floats that a row of words takes, whatever the operand of the level.
+constexpr int row_floats(int dim) { return FA_MATRIX_TILES ? row_words<MatrixOperand<3>>(dim) : dim; }
+
+// Words whose neighbours lie side by side: packed [terms][words(n)] from row [n], zero past its end. In place allowed where
+// that is one term.
 template <class Operand>
 inline void pack_row(const float* row, int n, float* packed) {
   if constexpr (Operand::per_word == 1) {
     if (row != packed) std::memmove(packed, row, static_cast<std::size_t>(n) * sizeof(float));
   } else {
-    auto* halves = reinterpret_cast<char*>(packed);
-    for (int i = 0; i < n; i += lanes) {
+    const auto pack = [&](Vec values, int first, int count) FA_INLINE_IF_FAST {
+      Vec parts[Operand::terms] = {values};
+      if constexpr (Operand::terms > 1) Operand::split(values, parts);
+      for (int term = 0; term < Operand::terms; ++term) {
+        const bool is_exact = Operand::terms == 3 || term + 1 < Operand::terms;
+        const Half bits = is_exact ? high_half(parts[term]) : to_bfloat16(parts[term]);
+        char* halves = reinterpret_cast<char*>(packed + term * words<Operand>(n)) + 2 * first;
+        std::memcpy(halves, &bits, 2 * static_cast<std::size_t>(count));
+      }
+    };
+    int first = 0;
+    for (; first + lanes <= n; first += lanes) pack(load(row + first), first, lanes);
+    if (first < n) {
       float values[lanes] = {};
-      const int count = n - i < lanes ? n - i : lanes;
-      std::memcpy(values, row + i, static_cast<std::size_t>(count) * sizeof(float));
-      const Half bits = to_bfloat16(load(values));
-      std::memcpy(halves + 2 * i, &bits, 2 * static_cast<std::size_t>(round_up(count, 2)));
+      std::memcpy(values, row + first, static_cast<std::size_t>(n - first) * sizeof(float));
+      pack(load(values), first, round_up(n - first, 2));
     }
     const int used = round_up(n, 2) / 2;
-    std::memset(packed + used, 0, static_cast<std::size_t>(words<Operand>(n) - used) * sizeof(float));
+    for (int term = 0; term < Operand::terms; ++term) {
+      std::memset(packed + term * words<Operand>(n) + used, 0,
+                  static_cast<std::size_t>(words<Operand>(n) - used) * sizeof(float));
+    }
   }
 }
 

@@ -17,6 +17,7 @@ constexpr int panels_of(int dim) { return round_up(dim, dim_panel) / dim_panel; 
 
 // Room for a row of any head dim and the zeros that fill its last panel.
 constexpr int padded_head_dim = max_head_dim + dim_panel;
+constexpr int padded_row = row_floats(padded_head_dim);  // the same as words
 
 // Keys of a unit's sequence, from position `begin` on.
 struct KeyBlock {
@@ -65,7 +66,7 @@ inline const float* view_query(const AttentionInputs& inputs, const AttentionPro
 // [words][width] = the panel's rows, transposed. view(lane, buffer) gives a row of words.
 template <class View>
 inline void pack_transposed(const RowPanel& panel, int words, float* packed, View view) {
-  float buffers[lanes][padded_head_dim];
+  float buffers[lanes][padded_row];
   const float* rows[lanes];
   for (int v = 0; v < panel.vectors; ++v) {
     for (int lane = 0; lane < lanes; ++lane) rows[lane] = view(v * lanes + lane, buffers[lane]);
@@ -86,8 +87,8 @@ class KeyReader {
   // The row as it lies, when it already is what pack_row<Operand> would make of it but for the zeros at its end.
   template <class Operand>
   const char* words_of_key(std::int32_t key) const {
-    const bool has_words = Operand::per_word == 2 && inputs_.k.dtype == DType::bfloat16 && inputs_.k.strides.dim == 1 &&
-                           problem_.head_dim % 2 == 0 && !problem_.has_qv;
+    const bool has_words = Operand::per_word == 2 && Operand::terms == 1 && inputs_.k.dtype == DType::bfloat16 &&
+                           inputs_.k.strides.dim == 1 && problem_.head_dim % 2 == 0 && !problem_.has_qv;
     const KeySlot slot = has_words ? slot_of(key) : KeySlot{-1, 0};
     return slot.exists() ? first_element(keys_of(problem_, inputs_), slot, unit_.kv_head) : nullptr;
   }

@@ -3,6 +3,7 @@
 
 #include <type_traits>
 
+#include "cpu/matrix_tiles.h"
 #include "cpu/pack.h"
 
 namespace flash_attn::cpu::FA_LEVEL {
@@ -12,11 +13,17 @@ inline void scale_row(float* row, float scale, int dims) {
   for (int d = 0; d < dims; d += lanes) store(row + d, load(row + d) * scale);
 }
 
-constexpr int rounds_a_step = 4;  // of a tile, for each step of what goes on beside it
+// rows[i][d] = columns[d][i] of the first `lanes` rows of a matrix whose columns lie `stride` apart; the last columns, up to a
+// whole vector, exist.
+inline void read_transposed(const float* columns, std::int64_t stride, int count, float (&rows)[lanes][padded_head_dim]) {
+  for (int d = 0; d < count; d += lanes) {
+    const float* some[lanes];
+    for (int i = 0; i < lanes; ++i) some[i] = columns + std::int64_t{d + i} * stride;
+    visit_columns(some, lanes, [&](int row, Vec values) { store(rows[row] + d, values); });
+  }
+}
 
-struct NothingBeside {
-  FA_INLINE void step() {}
-};
+constexpr int rounds_a_step = 4;  // of a tile, for each step of what goes on beside it
 
 // The register tile: acc[M][N vectors] += A[M][depth] * B[depth][N vectors]. Elements of A are broadcast, B is read along its
 // lanes; M * N accumulators, N vectors of B and one broadcast fill the register file. Between rounds those of B are free for

@@ -10,15 +10,15 @@ namespace {
 
 // Rows of a block: what a product over rows adds up before it touches dK and dV again.
 template <class Operand>
-constexpr int row_block_panels = Operand::word_granule == 1 ? 2 : 4;
+constexpr int row_block_panels = is_matrix_operand<Operand>&& Operand::terms < 3 ? 4 : 2;
 template <class Operand>
 constexpr int row_block = row_block_panels<Operand>* panel_rows;
 
 template <class Operand>
 struct RowBlock {
-  float* q_transposed;     // [panel][dim words][width]
-  float* dout_transposed;  // [panel][dim_v words][width]
-  float* q_panels;         // [dim panels][row words][dim_panel]
+  float* q_transposed;     // [panel][terms][dim words][width]
+  float* dout_transposed;  // [panel][terms][dim_v words][width]
+  float* q_panels;         // [terms][dim panels][row words][dim_panel]
   float* dout_panels;
   float* lse_log2;  // [row_block]
   float* delta;     // [row_block]  D
@@ -39,9 +39,9 @@ struct RowBlock {
   }
 
  private:
-  static std::int64_t transposed_size(int dim) { return std::int64_t{row_block<Operand>} * words<Operand>(dim); }
+  static std::int64_t transposed_size(int dim) { return std::int64_t{row_block<Operand>} * row_words<Operand>(dim); }
   static std::int64_t panels_size(int dim) {
-    return std::int64_t{words<Operand>(row_block<Operand>)} * panels_of(dim) * dim_panel;
+    return std::int64_t{row_words<Operand>(row_block<Operand>)} * panels_of(dim) * dim_panel;
   }
 };
 
@@ -55,7 +55,7 @@ inline bool sees_keys(const BackwardInputs& saved, const Unit& unit, const RowPa
 template <class Operand>
 struct VectorOfRows {
   const float* rows[lanes];
-  float buffers[lanes][padded_head_dim];
+  float buffers[lanes][padded_row];
 
   VectorOfRows(const RowPanel& panel, const Unit& unit, const ConstTensor& tensor, int first_lane, int dim) {
     for (int i = 0; i < lanes; ++i) {
@@ -110,14 +110,18 @@ inline void pack_panels_of_rows(const BackwardInputs& saved, const RowPanel& pan
       const bool counts = of_panel < panel.rows && sees_keys(saved, unit, panel, of_panel);
       rows[i] = counts ? vector.rows[lane + i] : words_of_zeros();
     }
-    for (int d = 0; d < dim; d += lanes) {
-      store(panels + d / dim_panel * panel_stride + d % dim_panel, word_of_rows<Operand>(rows, d));
+    for (int term = 0; term < Operand::terms; ++term) {
+      float* of_term = panels + term * panels_of(dim) * panel_stride;
+      for (int d = 0; d < dim; d += lanes) {
+        store(of_term + d / dim_panel * panel_stride + d % dim_panel, word_of_rows<Operand>(rows, d));
+      }
+      for (const float*& row : rows) row += words<Operand>(dim);
     }
   }
 }
 
-// The vector's rows transposed, [dim words][width]. Words that are of one row are read from `panels`: the caller's rows lie so
-// far apart that they take each other's places in L1.
+// The vector's rows transposed, [terms][dim words][width]. Words that are of one row are read from `panels`: the caller's rows
+// lie so far apart that they take each other's places in L1.
 template <class Operand>
 inline void transpose_rows(const RowPanel& panel, int first_lane, const VectorOfRows<Operand>& vector, int dim_words,
                            const float* panels, std::int64_t panel_stride, float* transposed) {
@@ -147,7 +151,7 @@ inline void prepare_statistics(const BackwardPass& pass, const Unit& unit, const
     lse_log2[i] = lse == -__builtin_inff() ? 0.0f : lse * log2_e;
     delta[i] = saved.dlse ? -saved.dlse[panel.offset(unit, saved.dlse_strides, lane)] : 0.0f;
     if (!sees_keys(saved, unit, panel, lane)) continue;
-    float buffer[padded_head_dim];
+    float buffer[padded_row];
     const float* out = view_words<Operand>(saved.out, panel.offset(unit, saved.out.strides, lane), dim, buffer);
     delta[i] += dot_of_words<Operand>(dout.rows[i], out, panel_words<Operand>(dim));
   }
@@ -170,8 +174,8 @@ inline void prepare_rows(const BackwardPass& pass, const Unit& unit, std::int32_
       panels += std::int64_t{first / Operand::per_word} * dim_panel;
       pack_panels_of_rows(saved, panel, unit, first_lane, vector, round_up(dim, dim_panel), panels, panel_stride,
                           [&](int lane) FA_INLINE_IF_FAST { vectors.ask(tensor, dim, v + 1, lane); });
-      transpose_rows(panel, first_lane, vector, words<Operand>(dim), panels, panel_stride,
-                     transposed + (first - first_lane) * std::int64_t{words<Operand>(dim)} + first_lane);
+      transpose_rows(panel, first_lane, vector, row_words<Operand>(dim), panels, panel_stride,
+                     transposed + (first - first_lane) * std::int64_t{row_words<Operand>(dim)} + first_lane);
     };
     pack(pass.inputs->q, {panel, unit, pass.inputs->q, first_lane, problem.head_dim}, problem.head_dim, block.q_transposed,
          block.q_panels);
@@ -185,7 +189,7 @@ inline void prepare_rows(const BackwardPass& pass, const Unit& unit, std::int32_
   const auto clear = [&](float* panels, int dim) {
     const std::int64_t first = std::int64_t{rows / Operand::per_word} * dim_panel;
     const std::int64_t end = std::int64_t{words<Operand>(rows)} * dim_panel;
-    for (int p = 0; p < panels_of(dim); ++p) {
+    for (int p = 0; p < Operand::terms * panels_of(dim); ++p) {
       std::memset(panels + p * panel_stride + first, 0, sizeof(float) * static_cast<std::size_t>(end - first));
     }
   };

@@ -21,7 +21,7 @@ inline const float* view_words(const ConstTensor& tensor, std::int64_t offset, i
   if constexpr (Operand::per_word == 1) {
     return view_row(tensor, offset, dim, buffer);
   } else {
-    if (tensor.dtype == DType::bfloat16 && tensor.strides.dim == 1 && dim % dim_panel == 0) {
+    if (Operand::terms == 1 && tensor.dtype == DType::bfloat16 && tensor.strides.dim == 1 && dim % dim_panel == 0) {
       return reinterpret_cast<const float*>(element(tensor.data, tensor.dtype, offset));
     }
     float values[padded_head_dim];
@@ -37,9 +37,13 @@ inline const float* view_query_words(const AttentionInputs& inputs, const Attent
   if (!problem.has_qv) {
     return view_words<Operand>(inputs.q, panel.offset(unit, inputs.q.strides, lane), problem.head_dim, buffer);
   }
-  const float* row = view_query(inputs, problem, unit, panel, lane, buffer);
-  if constexpr (Operand::per_word > 1) pack_row<Operand>(row, problem.scored_dims(), buffer);
-  return Operand::per_word > 1 ? buffer : row;
+  if constexpr (Operand::per_word == 1) {
+    return view_query(inputs, problem, unit, panel, lane, buffer);
+  } else {
+    float values[padded_head_dim];
+    pack_row<Operand>(view_query(inputs, problem, unit, panel, lane, values), problem.scored_dims(), buffer);
+    return buffer;
+  }
 }
 
 // A key's row of k or of v, zeros where KeyReader sees none.
@@ -51,6 +55,11 @@ inline const float* view_words(const KeyReader& reader, const KeyTensor& source,
   } else {
     const KeySlot slot = reader.slot_of(key);
     if (!slot.exists()) return words_of_zeros();
+    if (source.quantization->scales) {
+      float values[padded_head_dim];
+      pack_row<Operand>(reader.view(source, key, values), round_up(source.dim, dim_panel), buffer);
+      return buffer;
+    }
     return view_words<Operand>(*source.tensor, slot.offset(source.tensor->strides, unit.kv_head), source.dim, buffer);
   }
 }
@@ -74,7 +83,7 @@ template <class Operand>
 inline void pack_value_panels(const KeyReader& reader, const KeyTensor& values, const Unit& unit, KeyBlock keys,
                               float* panels) {
   const std::int64_t panel_stride = std::int64_t{words<Operand>(keys.size)} * dim_panel;
-  float buffers[Operand::per_word][padded_head_dim];
+  float buffers[Operand::per_word][padded_row];
   for (int key = 0; key < keys.size; key += Operand::per_word, panels += dim_panel) {
     const float* rows[Operand::per_word];
     for (int i = 0; i < Operand::per_word; ++i) {
@@ -87,11 +96,53 @@ inline void pack_value_panels(const KeyReader& reader, const KeyTensor& values, 
   }
 }
 
+// [terms][dims][key words] of keys whose row of words is row_of(key): what a matrix unit takes on its left. `keep` is asked
+// what becomes of a word.
+template <class Operand, class RowOf, class Keep>
+inline void pack_dims(int dim, int keys, float* packed, const RowOf& row_of, const Keep& keep) {
+  const int dims = round_up(dim, dim_panel);
+  const int key_words = words<Operand>(keys);
+  for (int first = 0; first < key_words; first += lanes) {
+    const float* rows[2 * lanes];
+    for (int i = 0; i < 2 * lanes; ++i) rows[i] = row_of(2 * first + i);
+    for (int term = 0; term < Operand::terms; ++term) {
+      for (int d = 0; d < dims; d += lanes) {
+        Vec block[lanes];
+        for (int i = 0; i < lanes; ++i) {
+          const std::int64_t offset = term * words<Operand>(dim);
+          block[i] = keep(word_of_rows<Operand>({rows[2 * i] + offset, rows[2 * i + 1] + offset}, d));
+        }
+        transpose(block);
+        for (int i = 0; i < lanes; ++i) {
+          store(packed + (std::int64_t{term} * dims + d + i) * key_words + first, block[i]);
+        }
+      }
+    }
+  }
+}
+
+// [terms][dims][key words] of v.
+template <class Operand>
+inline void pack_value_dims(const KeyReader& reader, const KeyTensor& values, const Unit& unit, KeyBlock keys, float* packed) {
+  float buffers[2 * lanes][padded_row];
+  const auto row_of = [&](int key) {
+    reader.fetch_ahead(values, keys.begin + key);
+    return view_words<Operand>(reader, values, unit, keys.begin + key, buffers[key % (2 * lanes)]);
+  };
+  pack_dims<Operand>(values.dim, keys.size, packed, row_of, [](Vec word) { return word; });
+}
+
 // sum(a * b) of two rows of words.
 template <class Operand>
 inline float dot_of_words(const float* a, const float* b, int words) {
   Vec sum = {};
-  for (int i = 0; i < words; i += lanes) sum = Operand::multiply_add(sum, load(a + i), load(b + i));
+  for (int i = Operand::terms - 1; i >= 0; --i) {
+    for (int j = Operand::terms - 1 - i; j >= 0; --j) {
+      for (int word = 0; word < words; word += lanes) {
+        sum = Operand::multiply_add(sum, load(a + i * words + word), load(b + j * words + word));
+      }
+    }
+  }
   float total = 0.0f;
   for (int lane = 0; lane < lanes; ++lane) total += sum[lane];
   return total;

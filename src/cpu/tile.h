@@ -16,6 +16,10 @@
 #define FA_SOFTMAX_BESIDE 0
 #endif
 
+#if !defined(FA_MATRIX_TILES)  // 1: the level multiplies in tiles of a matrix unit, which takes bfloat16
+#define FA_MATRIX_TILES 0
+#endif
+
 #if defined(__AVX2__)
 #include <immintrin.h>
 #endif

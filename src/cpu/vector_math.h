@@ -39,7 +39,8 @@ struct EighthRootsOf2 {
 };
 alignas(32) constexpr EighthRootsOf2 eighth_roots_of_2;
 
-// 2^x for x <= 0 and a little above; exactly 0 below -127, NaN stays NaN. Where softmax_beside, for any x: inf from 128 on.
+// 2^x for x <= 0 and a little above; exactly 0 below -127, NaN stays NaN. Where some product has its softmax beside it, for any
+// x: inf from 128 on.
 FA_INLINE Vec exp2_of(Vec x) {
 #if defined(__AVX512DQ__) && FA_VECTOR_BYTES == 64
   // 1.8e-7 relative: x is a multiple of 1 / 32 below it and a rest, whose polynomial is 1 at 0 and within 6.6e-8. Below -126
@@ -66,7 +67,7 @@ FA_INLINE Vec exp2_of(Vec x) {
   // 1.7e-7 relative: x is the nearest integer and a rest.
   constexpr float round_to_integer = 12582912.0f;  // 1.5 * 2^23: adding it leaves the integer in the low mantissa bits
   x = larger_of(splat(-127.0f), x);
-  if constexpr (softmax_beside) x = smaller_of(splat(128.0f), x);
+  if constexpr (softmax_beside || FA_MATRIX_TILES) x = smaller_of(splat(128.0f), x);
   const Vec shifted = x + round_to_integer;
   const Vec f = x - (shifted - round_to_integer);
   const Vec p = polynomial(f, 0.001326472391f, 0.00967151287f, 0.05550733754f, 0.2402224208f, 0.6931469776f, 1.0f);

@@ -2,6 +2,6 @@
 #define FA_LEVEL avx512_amx
 #define FA_VECTOR_BYTES 64
 #define FA_VECTOR_REGISTERS 32
-#define FA_BFLOAT16_TILES 1
+#define FA_MATRIX_TILES 1
 
 #include "cpu/level.h"

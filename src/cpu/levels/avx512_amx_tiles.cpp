@@ -2,6 +2,7 @@
 #define FA_LEVEL avx512_amx_tiles
 #define FA_VECTOR_BYTES 64
 #define FA_VECTOR_REGISTERS 32
-#define FA_BFLOAT16_TILES 1
+#define FA_MATRIX_TILES 1
+#define FA_TILES_FOR_FEW 1
 
 #include "cpu/level.h"
