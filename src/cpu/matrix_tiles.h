@@ -103,7 +103,7 @@ FA_INLINE void multiply_tiles(bool add, float* c, std::int64_t c_stride, const T
   // Tiles of A and of B stay in registers from term to term, or each takes the place of the last.
   constexpr bool stay = M * N + M + N <= matrix_registers;
   constexpr int a_tile = M * N;
-  constexpr int b_tile = a_tile + (stay ? M : 1);
+  constexpr int b_tile = a_tile + 1 + stay * (M - 1);
   static_assert(b_tile < matrix_registers && (stay || terms == 1));
   const auto c_at = [&](int m, int n) { return c + m * matrix_tile * c_stride + n * matrix_tile; };
   unroll<M * N>([&](auto i) FA_INLINE_IF_FAST {
@@ -142,9 +142,10 @@ inline void multiply_tiles(bool add, float* c, std::int64_t c_stride, const Term
     for (int column = 0; column < N * matrix_tile; column += lanes) {
       float* destination = c + row * c_stride + column;
       Vec sum = add ? load(destination) : Vec{};
-      for (int k = 0; k < depth * matrix_tile; ++k) {
-        for (int i = terms - 1; i >= 0; --i) {
-          for (int j = terms - 1 - i; j >= 0; --j) {
+      // Small terms first: the unit rounds less often than a sum that is large from the beginning.
+      for (int i = terms - 1; i >= 0; --i) {
+        for (int j = terms - 1 - i; j >= 0; --j) {
+          for (int k = 0; k < depth * matrix_tile; ++k) {
             sum = Bfloat16Operand::multiply_add(sum, splat(*a.at(i, row, k)), load(b.at(j, k, column)));
           }
         }

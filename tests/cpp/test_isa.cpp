@@ -50,6 +50,20 @@ TEST_P(IsaLevel, BackwardMatchesTheReference) {
 INSTANTIATE_TEST_SUITE_P(All, IsaLevel, testing::Combine(testing::ValuesIn(level_names()), testing::ValuesIn(feature_cases())),
                          [](const auto& info) { return std::get<0>(info.param) + "_" + std::get<1>(info.param).name; });
 
+// Scores so large that an error of bfloat16's square would show, and so many keys that no level takes another way for few.
+TEST(Isa, EveryLevelKeepsTheBitsOfFloat32) {
+  AttentionProblem problem = dense_problem(1, 320, 320, 64, 64);
+  Features features;
+  features.magnitude = 3.0;
+  TestCall call(problem, features, 21);
+  for (const std::string& level : level_names()) {
+    ASSERT_TRUE(cpu::force_isa_level_for_testing(level.c_str()));
+    EXPECT_EQ(check_forward(call), "") << level;
+    EXPECT_EQ(check_backward(call), "") << level;
+  }
+  cpu::force_isa_level_for_testing(nullptr);
+}
+
 TEST(Isa, EveryMachineHasTheBaselineAndTheTileShapesOfTheBuild) {
   std::vector<const char*> expected = {"baseline"};
 #if defined(FLASH_ATTN_TILE_LEVELS)
