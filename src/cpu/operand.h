@@ -118,29 +118,23 @@ struct MatrixOperand : Bfloat16Operand {
     parts[count - 1] = x;
   }
 
-  // As bfloat16. x is finite.
+  // The same of P and dS, which are finite and as many as the scores: all terms are cut off. What two of them miss, 2^-16, is
+  // less than a 16-bit result keeps, and what is left out of their product has the random sign of the other factor.
   static FA_INLINE void split_halves(Vec x, Half (&halves)[count]) {
-    for (int i = 0; i + 1 < count; ++i) {
-      const Vec part = count == 2 ? nearest(x) : high(x);
-      halves[i] = high_half(part);
-      x -= part;
-    }
-    halves[count - 1] = count == 3 ? high_half(x) : half_of(x);
+    for (int i = 0; i + 1 < count; ++i, x -= high(x)) halves[i] = high_half(x);
+    halves[count - 1] = count == 1 ? half_of(x) : high_half(x);
   }
-
-  // The word of two neighbours, for each term. Both are finite.
+  // As words of two neighbours.
   static FA_INLINE void split_words(Vec a, Vec b, Vec (&words)[count]) {
-    for (int i = 0; i + 1 < count; ++i) {
-      if constexpr (count == 2) {
-        words[i] = word({a, b});
-        a -= low(words[i]);
-      } else {
+    if constexpr (count == 1) {
+      words[0] = word({a, b});
+    } else {
+      for (int i = 0; i < count; ++i) {
         words[i] = from_bits(reinterpret_cast<IVec>(reinterpret_cast<UVec>(a) >> 16) | bits_of(high(b)));
         a -= high(a);
+        b -= high(b);
       }
-      b -= high(words[i]);
     }
-    words[count - 1] = word({a, b});
   }
   // And back.
   static FA_INLINE void join_words(const Vec (&words)[count], Vec (&neighbours)[2]) {
