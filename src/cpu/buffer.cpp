@@ -15,7 +15,7 @@ namespace {
 #if defined(__SANITIZE_ADDRESS__) || defined(FLASH_ATTN_FRESH_BUFFERS)
 constexpr std::size_t kept_limit = 0;
 #else
-constexpr std::size_t kept_limit = std::size_t{64} << 20;
+constexpr std::size_t kept_limit = std::size_t{96} << 20;
 #endif
 
 struct Block {
