@@ -46,7 +46,7 @@ class MatrixUnit {
       std::uint16_t row_bytes[16] = {};
       std::uint8_t rows[16] = {};
     } config;
-    for (int tile = 0; tile < 8; ++tile) {
+    for (int tile = 0; tile < matrix_registers; ++tile) {
       config.row_bytes[tile] = matrix_tile * sizeof(float);
       config.rows[tile] = matrix_tile;
     }
