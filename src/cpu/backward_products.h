@@ -213,10 +213,18 @@ class BackwardProducts<MatrixOperand<terms>> {
     k_dims_ = take(terms * std::int64_t{key_words_} * k_panels_ * dim_panel);
   }
 
-  void pack_keys(KeyBlock keys, int head_dim, const float* k_rows) const {
-    pack_dims<Operand>(
-        head_dim, keys.size, k_dims_, [&](int key) { return k_rows + std::int64_t{key} * row_words_of(head_dim); },
-        [](Vec word) { return Operand::finite(word); });
+  void pack_keys(KeyBlock, int head_dim, const float* k_rows) const {
+    const int row = row_words_of(head_dim);
+    for (int first = 0; first < key_words_; first += lanes) {
+      pack_dims<Operand>(
+          head_dim, {first, first + lanes}, key_words_, k_dims_, [&](int pair, int d, Vec(&words)[terms]) FA_INLINE_IF_FAST {
+            const float* neighbours[2] = {k_rows + std::int64_t{2 * pair} * row, k_rows + std::int64_t{2 * pair + 1} * row};
+            for (Vec& word : words) {
+              word = Operand::finite(word_of_rows<Operand>(neighbours, d));
+              for (const float*& words_of_key : neighbours) words_of_key += row / terms;
+            }
+          });
+    }
   }
 
   // Where no row of the panel looks, P and dS are 0 for the rows of its neighbours that do.
@@ -358,16 +366,12 @@ struct BackwardOperands {
   using Bfloat16 = MatrixOperand<1>;
   using Float16 = MatrixOperand<2>;
   using Float32 = MatrixOperand<3>;
-  static constexpr int pairs_for_float16 = 96;
-  static constexpr int pairs_for_float32 = 300;
 };
 #else
 struct BackwardOperands {
   using Bfloat16 = std::conditional_t<FA_BFLOAT16_DOT != 0, Bfloat16Operand, Float32Operand>;
   using Float16 = Float32Operand;
   using Float32 = Float32Operand;
-  static constexpr int pairs_for_float16 = 0;
-  static constexpr int pairs_for_float32 = 0;
 };
 #endif
 

@@ -192,21 +192,16 @@ struct ForwardProducts<MatrixOperand<terms>> {
   }
 };
 
-// Several terms take longer to pack, and pay where a row or key meets so many others.
 struct ForwardOperands {
   using Bfloat16 = MatrixOperand<1>;
   using Float16 = MatrixOperand<2>;
   using Float32 = MatrixOperand<3>;
-  static constexpr int pairs_for_float16 = 96;
-  static constexpr int pairs_for_float32 = 192;
 };
 #else
 struct ForwardOperands {
   using Bfloat16 = std::conditional_t<FA_BFLOAT16_DOT != 0, Bfloat16Operand, Float32Operand>;
   using Float16 = Float32Operand;
   using Float32 = Float32Operand;
-  static constexpr int pairs_for_float16 = 0;
-  static constexpr int pairs_for_float32 = 0;
 };
 #endif
 

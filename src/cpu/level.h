@@ -31,16 +31,20 @@ int mean_pairs(const AttentionProblem& problem) {
   return static_cast<int>(at_most(at_most(keys, rows_of_key), highest_int));
 }
 
+// Several terms take longer to pack, and pay where a row or key meets so many others.
+constexpr int pairs_for_two_terms = 96;
+constexpr int pairs_for_three_terms = 300;
+
 // visit(the operand that suits a pass). The numbers of a quantised cache are not bfloat16.
 template <class Operands, class Pass, class Visit>
 auto with_operand(const Pass& pass, const Visit& visit) {
   const AttentionProblem& problem = *pass.problem;
   const int pairs = FA_TILES_FOR_FEW ? highest_int : mean_pairs(problem);
   if (problem.dtype == DType::float32) {
-    return pairs >= Operands::pairs_for_float32 ? visit(typename Operands::Float32{}) : visit(Float32Operand{});
+    return pairs >= pairs_for_three_terms ? visit(typename Operands::Float32{}) : visit(Float32Operand{});
   }
   if (problem.dtype == DType::bfloat16 && !pass.inputs->cache.k.scales) return visit(typename Operands::Bfloat16{});
-  return pairs >= Operands::pairs_for_float16 ? visit(typename Operands::Float16{}) : visit(Float32Operand{});
+  return pairs >= pairs_for_two_terms ? visit(typename Operands::Float16{}) : visit(Float32Operand{});
 }
 
 void run_pack_keys_values(const ForwardPass& pass, const Unit& unit, std::int32_t block, float* packed) {

@@ -118,21 +118,39 @@ struct MatrixOperand : Bfloat16Operand {
     parts[count - 1] = x;
   }
 
-  // The same of P and dS, which are finite and as many as the scores: all terms are cut off. What two of them miss, 2^-16, is
-  // less than a 16-bit result keeps, and what is left out of their product has the random sign of the other factor.
+  // The word of two neighbours, for each term.
+  static FA_INLINE void words_of_neighbours(Vec a, Vec b, Vec (&words)[count]) {
+    Vec first[count];
+    Vec second[count];
+    split(a, first);
+    split(b, second);
+    for (int i = 0; i < count; ++i) {
+      const bool are_exact = count == 3 || i + 1 < count;
+      words[i] = are_exact ? from_bits(reinterpret_cast<IVec>(reinterpret_cast<UVec>(first[i]) >> 16) | bits_of(second[i]))
+                           : word({first[i], second[i]});
+    }
+  }
+
+  // The same of P and dS, which are finite and as many as the scores.
   static FA_INLINE void split_halves(Vec x, Half (&halves)[count]) {
-    for (int i = 0; i + 1 < count; ++i, x -= high(x)) halves[i] = high_half(x);
-    halves[count - 1] = count == 1 ? half_of(x) : high_half(x);
+    for (int i = 0; i + 1 < count; ++i) {
+      const Vec part = count == 2 ? nearest(x) : high(x);
+      halves[i] = high_half(part);
+      x -= part;
+    }
+    halves[count - 1] = count == 3 ? high_half(x) : half_of(x);
   }
   // As words of two neighbours.
   static FA_INLINE void split_words(Vec a, Vec b, Vec (&words)[count]) {
-    if constexpr (count == 1) {
-      words[0] = word({a, b});
-    } else {
-      for (int i = 0; i < count; ++i) {
+    for (int i = 0; i < count; ++i) {
+      if constexpr (count == 3) {
         words[i] = from_bits(reinterpret_cast<IVec>(reinterpret_cast<UVec>(a) >> 16) | bits_of(high(b)));
         a -= high(a);
         b -= high(b);
+      } else {
+        words[i] = word({a, b});
+        a -= low(words[i]);
+        b -= high(words[i]);
       }
     }
   }

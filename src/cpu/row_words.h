@@ -96,40 +96,50 @@ inline void pack_value_panels(const KeyReader& reader, const KeyTensor& values, 
   }
 }
 
-// [terms][dims][key words] of keys whose row of words is row_of(key): what a matrix unit takes on its left. `keep` is asked
-// what becomes of a word.
-template <class Operand, class RowOf, class Keep>
-inline void pack_dims(int dim, int keys, float* packed, const RowOf& row_of, const Keep& keep) {
+// [terms][dims][key words]: what a matrix unit takes on its left. words_at(pair of keys, dim, words) gives the words of two
+// keys for a vector of dims.
+template <class Operand, class WordsAt>
+inline void pack_dims(int dim, KeyRange pairs, int key_words, float* packed, const WordsAt& words_at) {
   const int dims = round_up(dim, dim_panel);
-  const int key_words = words<Operand>(keys);
-  for (int first = 0; first < key_words; first += lanes) {
-    const float* rows[2 * lanes];
-    for (int i = 0; i < 2 * lanes; ++i) rows[i] = row_of(2 * first + i);
+  for (int d = 0; d < dims; d += lanes) {
+    Vec block[Operand::terms][lanes];
+    for (int i = 0; i < lanes; ++i) {
+      Vec words[Operand::terms];
+      words_at(pairs.begin + i, d, words);
+      for (int term = 0; term < Operand::terms; ++term) block[term][i] = words[term];
+    }
     for (int term = 0; term < Operand::terms; ++term) {
-      for (int d = 0; d < dims; d += lanes) {
-        Vec block[lanes];
-        for (int i = 0; i < lanes; ++i) {
-          const std::int64_t offset = term * words<Operand>(dim);
-          block[i] = keep(word_of_rows<Operand>({rows[2 * i] + offset, rows[2 * i + 1] + offset}, d));
-        }
-        transpose(block);
-        for (int i = 0; i < lanes; ++i) {
-          store(packed + (std::int64_t{term} * dims + d + i) * key_words + first, block[i]);
-        }
-      }
+      transpose(block[term]);
+      float* of_term = packed + (std::int64_t{term} * dims + d) * key_words + pairs.begin;
+      for (int i = 0; i < lanes; ++i) store(of_term + i * key_words, block[term][i]);
     }
   }
 }
 
-// [terms][dims][key words] of v.
+// The same of v.
 template <class Operand>
 inline void pack_value_dims(const KeyReader& reader, const KeyTensor& values, const Unit& unit, KeyBlock keys, float* packed) {
-  float buffers[2 * lanes][padded_row];
-  const auto row_of = [&](int key) {
-    reader.fetch_ahead(values, keys.begin + key);
-    return view_words<Operand>(reader, values, unit, keys.begin + key, buffers[key % (2 * lanes)]);
-  };
-  pack_dims<Operand>(values.dim, keys.size, packed, row_of, [](Vec word) { return word; });
+  float buffers[2 * lanes][padded_head_dim];
+  const float* rows[2 * lanes];
+  for (int first = 0; first < keys.size; first += 2 * lanes) {
+    for (int i = 0; i < 2 * lanes; ++i) {
+      reader.fetch_ahead(values, keys.begin + first + i);
+      if constexpr (Operand::terms == 1) {
+        rows[i] = view_words<Operand>(reader, values, unit, keys.begin + first + i, buffers[i]);
+      } else {
+        rows[i] = reader.view(values, keys.begin + first + i, buffers[i]);
+      }
+    }
+    pack_dims<Operand>(values.dim, {first / 2, first / 2 + lanes}, keys.size / 2, packed,
+                       [&](int pair, int d, Vec(&words)[Operand::terms]) FA_INLINE_IF_FAST {
+                         const int i = 2 * pair - first;
+                         if constexpr (Operand::terms == 1) {
+                           words[0] = word_of_rows<Operand>({rows[i], rows[i + 1]}, d);
+                         } else {
+                           Operand::words_of_neighbours(load(rows[i] + d), load(rows[i + 1] + d), words);
+                         }
+                       });
+  }
 }
 
 // sum(a * b) of two rows of words.
