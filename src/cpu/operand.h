@@ -125,9 +125,7 @@ struct MatrixOperand : Bfloat16Operand {
     split(a, first);
     split(b, second);
     for (int i = 0; i < count; ++i) {
-      const bool are_exact = count == 3 || i + 1 < count;
-      words[i] = are_exact ? from_bits(reinterpret_cast<IVec>(reinterpret_cast<UVec>(first[i]) >> 16) | bits_of(second[i]))
-                           : word({first[i], second[i]});
+      words[i] = count == 3 || i + 1 < count ? word_of_high(first[i], second[i]) : word({first[i], second[i]});
     }
   }
 
@@ -144,7 +142,7 @@ struct MatrixOperand : Bfloat16Operand {
   static FA_INLINE void split_words(Vec a, Vec b, Vec (&words)[count]) {
     for (int i = 0; i < count; ++i) {
       if constexpr (count == 3) {
-        words[i] = from_bits(reinterpret_cast<IVec>(reinterpret_cast<UVec>(a) >> 16) | bits_of(high(b)));
+        words[i] = word_of_high(a, b);
         a -= high(a);
         b -= high(b);
       } else {
@@ -161,6 +159,12 @@ struct MatrixOperand : Bfloat16Operand {
       neighbours[0] += low(words[i]);
       neighbours[1] += high(words[i]);
     }
+  }
+
+ private:
+  // Cut off: also what is exact but for a subnormal number's last bits.
+  static FA_INLINE Vec word_of_high(Vec a, Vec b) {
+    return from_bits(reinterpret_cast<IVec>(reinterpret_cast<UVec>(a) >> 16) | bits_of(high(b)));
   }
 };
 

@@ -2,6 +2,8 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
+#include <cmath>
 #include <cstdlib>
 #include <stdexcept>
 #include <tuple>
@@ -9,6 +11,7 @@
 
 #include "cases.h"
 #include "cpu/isa.h"
+#include "element.h"
 
 namespace flash_attn::test {
 namespace {
@@ -60,6 +63,26 @@ TEST(Isa, EveryLevelKeepsTheBitsOfFloat32) {
     ASSERT_TRUE(cpu::force_isa_level_for_testing(level.c_str()));
     EXPECT_EQ(check_forward(call), "") << level;
     EXPECT_EQ(check_backward(call), "") << level;
+  }
+  cpu::force_isa_level_for_testing(nullptr);
+}
+
+// Their last bits are below float32's normal numbers.
+TEST(Isa, TinyValuesStayTiny) {
+  AttentionProblem problem = dense_problem(1, 320, 320, 32, 32);
+  TestCall call(problem, {}, 22);
+  float largest = 0.0f;
+  for (int i = 0; i < 320 * problem.heads_k * 32; ++i) {
+    const double value = 1e-36 * read_element(call.v.data, DType::float32, i);
+    write_element(call.v.data, DType::float32, i, value);
+    largest = std::max(largest, static_cast<float>(std::abs(value)));
+  }
+  for (const std::string& level : level_names()) {
+    ASSERT_TRUE(cpu::force_isa_level_for_testing(level.c_str()));
+    cpu::forward(problem, call.inputs, call.outputs);
+    for (int i = 0; i < 320 * problem.heads_q * 32; ++i) {
+      ASSERT_LE(std::abs(read_element(call.outputs.out.data, DType::float32, i)), largest) << level;
+    }
   }
   cpu::force_isa_level_for_testing(nullptr);
 }
