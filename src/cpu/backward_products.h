@@ -362,17 +362,6 @@ class BackwardProducts<MatrixOperand<terms>> {
   float* k_dims_;      // [terms][dims][key words]
 };
 
-struct BackwardOperands {
-  using Bfloat16 = MatrixOperand<1>;
-  using Float16 = MatrixOperand<2>;
-  using Float32 = MatrixOperand<3>;
-};
-#else
-struct BackwardOperands {
-  using Bfloat16 = std::conditional_t<FA_BFLOAT16_DOT != 0, Bfloat16Operand, Float32Operand>;
-  using Float16 = Float32Operand;
-  using Float32 = Float32Operand;
-};
 #endif
 
 }  // namespace

@@ -12,6 +12,7 @@
 #include <new>
 
 #include "cpu/forward_blocks.h"
+#include "cpu/forward_scores.h"
 #include "cpu/matrix_scores.h"
 
 namespace flash_attn::cpu::FA_LEVEL {

@@ -59,6 +59,7 @@ struct ForwardProducts {
   static constexpr bool leaves_scale = false;
   static constexpr bool leaves_results = true;                      // in their place, see RowsOfO
   static constexpr bool softmax_beside = FA_LEVEL::softmax_beside;  // see forward_scores.h
+
   // S^T [keys][stride] = scale K [keys][dim words] Q^T [dim words][N vectors], of a range of keys. Scores of the last tile may
   // be of keys past the end.
   template <int N>
@@ -66,6 +67,7 @@ struct ForwardProducts {
                                const Staircase& steps, float* scores, std::int64_t stride, PackAhead<Operand>& ahead) {
     staircase_scores<Operand, N>(k, dim_words, q_transposed, keys, scale, steps, scores, stride, 0, ahead);
   }
+
   // O [rows][dims] += P V, P [keys][N vectors], V [dim panels][key words][dim_panel], of a range of its keys; P is lost.
   template <int N>
   static FA_INLINE void values(const ScoreTile& p, KeyRange keys, const float* v, int key_words, int panels_v,
@@ -192,17 +194,6 @@ struct ForwardProducts<MatrixOperand<terms>> {
   }
 };
 
-struct ForwardOperands {
-  using Bfloat16 = MatrixOperand<1>;
-  using Float16 = MatrixOperand<2>;
-  using Float32 = MatrixOperand<3>;
-};
-#else
-struct ForwardOperands {
-  using Bfloat16 = std::conditional_t<FA_BFLOAT16_DOT != 0, Bfloat16Operand, Float32Operand>;
-  using Float16 = Float32Operand;
-  using Float32 = Float32Operand;
-};
 #endif
 
 }  // namespace

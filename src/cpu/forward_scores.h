@@ -19,7 +19,7 @@ constexpr float largest_sum = M * 512.0f;
 template <int M, int N>
 class TileSoftmax {
  public:
-  static_assert(most_above_m == 8.0f);  // 256
+  static_assert(most_above_m == 8.0f && largest_sum<M> > M * 256.0f);
 
   // Null: no scores.
   TileSoftmax(float* scores, const float* scale, const SoftmaxState& state)

@@ -36,41 +36,41 @@ constexpr int pairs_for_two_terms = 96;
 constexpr int pairs_for_three_terms = 300;
 
 // visit(the operand that suits a pass). The numbers of a quantised cache are not bfloat16.
-template <class Operands, class Pass, class Visit>
+template <class Pass, class Visit>
 auto with_operand(const Pass& pass, const Visit& visit) {
   const AttentionProblem& problem = *pass.problem;
   const int pairs = FA_TILES_FOR_FEW ? highest_int : mean_pairs(problem);
   if (problem.dtype == DType::float32) {
-    return pairs >= pairs_for_three_terms ? visit(typename Operands::Float32{}) : visit(Float32Operand{});
+    return pairs >= pairs_for_three_terms ? visit(Operands::Float32{}) : visit(Float32Operand{});
   }
-  if (problem.dtype == DType::bfloat16 && !pass.inputs->cache.k.scales) return visit(typename Operands::Bfloat16{});
-  return pairs >= pairs_for_two_terms ? visit(typename Operands::Float16{}) : visit(Float32Operand{});
+  if (problem.dtype == DType::bfloat16 && !pass.inputs->cache.k.scales) return visit(Operands::Bfloat16{});
+  return pairs >= pairs_for_two_terms ? visit(Operands::Float16{}) : visit(Float32Operand{});
 }
 
 void run_pack_keys_values(const ForwardPass& pass, const Unit& unit, std::int32_t block, float* packed) {
-  with_operand<ForwardOperands>(pass, [&](auto of) { pack_keys_values<decltype(of)>(pass, unit, block, packed); });
+  with_operand(pass, [&](auto of) { pack_keys_values<decltype(of)>(pass, unit, block, packed); });
 }
 void run_forward_rows(const ForwardPass& pass, const ForwardTask& task, float* scratch) {
-  with_operand<ForwardOperands>(pass, [&](auto of) { forward_rows<decltype(of)>(pass, task, scratch); });
+  with_operand(pass, [&](auto of) { forward_rows<decltype(of)>(pass, task, scratch); });
 }
 BackwardBlocks run_backward_blocks(const BackwardPass& pass) {
-  return with_operand<BackwardOperands>(pass, [&](auto of) { return backward_blocks<decltype(of)>(pass); });
+  return with_operand(pass, [&](auto of) { return backward_blocks<decltype(of)>(pass); });
 }
 void run_prepare_rows(const BackwardPass& pass, const Unit& unit, std::int32_t row_begin, float* rows) {
-  with_operand<BackwardOperands>(pass, [&](auto of) { prepare_rows<decltype(of)>(pass, unit, row_begin, rows); });
+  with_operand(pass, [&](auto of) { prepare_rows<decltype(of)>(pass, unit, row_begin, rows); });
 }
 void run_add_sink_gradient(const BackwardPass& pass, const Unit& unit, std::int32_t row_begin, const float* rows,
                            double* dsink) {
-  with_operand<BackwardOperands>(pass, [&](auto of) { add_sink_gradient<decltype(of)>(pass, unit, row_begin, rows, dsink); });
+  with_operand(pass, [&](auto of) { add_sink_gradient<decltype(of)>(pass, unit, row_begin, rows, dsink); });
 }
 void run_backward_keys(const BackwardPass& pass, const BackwardTask& task, float* scratch) {
-  with_operand<BackwardOperands>(pass, [&](auto of) { backward_keys<decltype(of)>(pass, task, scratch); });
+  with_operand(pass, [&](auto of) { backward_keys<decltype(of)>(pass, task, scratch); });
 }
 void run_write_query_gradients(const BackwardPass& pass, const Unit& unit, std::int32_t row_begin, const float* dq) {
-  with_operand<BackwardOperands>(pass, [&](auto of) { write_query_gradients<decltype(of)>(pass, unit, row_begin, dq); });
+  with_operand(pass, [&](auto of) { write_query_gradients<decltype(of)>(pass, unit, row_begin, dq); });
 }
 void run_add_mask_gradient(const BackwardPass& pass, const MaskGradientTask& task, float* scratch) {
-  with_operand<BackwardOperands>(pass, [&](auto of) { add_mask_gradient<decltype(of)>(pass, task, scratch); });
+  with_operand(pass, [&](auto of) { add_mask_gradient<decltype(of)>(pass, task, scratch); });
 }
 
 }  // namespace

@@ -146,13 +146,7 @@ class BlockScores<MatrixOperand<terms>, N> {
     }
     const ScoreTile tile = tile_of(keys);
     const float scale_left = take_steps(tile);
-    Vec largest[N];
-    for (int n = 0; n < N; ++n) largest[n] = minus_infinity();
-    for (int key = 0; key < tile.keys; ++key) {
-      for (int n = 0; n < N; ++n) largest[n] = larger_of(load(tile.scores + key * tile.stride + n * lanes), largest[n]);
-    }
-    for (int n = 0; n < N; ++n) largest[n] *= scale_left;
-    raise_m<N>(largest, most_above_m, state_, [&](const float* factors) {
+    raise_m_to<N>(tile, scale_left, most_above_m, state_, [&](const float* factors) {
       p_.scale(keys.begin / 2, factors);
       for (int i = 0; rows_.o && i < rows_.dims * N; ++i) {
         store(rows_.o + i * lanes, load(rows_.o + i * lanes) * load(factors + i % N * lanes));

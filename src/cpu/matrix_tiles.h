@@ -22,16 +22,9 @@ struct TermRows {
   }
 };
 
-template <int terms>
-constexpr int pairs_of_terms = terms*(terms + 1) / 2;
-
 // Tiles of A in a product with a panel, three tiles of B: as many as leave registers for what stays from term to term.
 template <int terms>
 constexpr int tiles_of_left = terms == 1 ? 2 : 1;
-
-struct NothingBeside {
-  FA_INLINE void step() {}
-};
 
 #if FA_MATRIX_TILES && defined(__AVX512BF16__)
 
@@ -72,27 +65,6 @@ FA_INLINE void store_tile(float* p, std::int64_t stride) {
 template <int c, int a, int b>
 FA_INLINE void multiply_add_tiles() {
   asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(c), "i"(a), "i"(b));
-}
-
-// visit(i, j, is i new, is j new) of the terms of A and B whose product counts.
-template <int terms, class Visit>
-FA_INLINE void visit_terms(const Visit& visit) {
-  constexpr Constant<1> yes;
-  constexpr Constant<0> no;
-  if constexpr (terms == 3) {
-    visit(Constant<2>{}, Constant<0>{}, yes, yes);
-    visit(Constant<1>{}, Constant<0>{}, yes, no);
-    visit(Constant<1>{}, Constant<1>{}, no, yes);
-    visit(Constant<0>{}, Constant<1>{}, yes, no);
-    visit(Constant<0>{}, Constant<2>{}, no, yes);
-    visit(Constant<0>{}, Constant<0>{}, no, yes);
-  } else if constexpr (terms == 2) {
-    visit(Constant<1>{}, Constant<0>{}, yes, yes);
-    visit(Constant<0>{}, Constant<0>{}, yes, no);
-    visit(Constant<0>{}, Constant<1>{}, no, yes);
-  } else {
-    visit(Constant<0>{}, Constant<0>{}, yes, yes);
-  }
 }
 
 // C [M tiles][N tiles] += A [M tiles][depth tiles] B [depth tiles][N tiles], or = where C is not to be read; its stride in
@@ -142,14 +114,12 @@ inline void multiply_tiles(bool add, float* c, std::int64_t c_stride, const Term
     for (int column = 0; column < N * matrix_tile; column += lanes) {
       float* destination = c + row * c_stride + column;
       Vec sum = add ? load(destination) : Vec{};
-      // Small terms first: the unit rounds less often than a sum that is large from the beginning.
-      for (int i = terms - 1; i >= 0; --i) {
-        for (int j = terms - 1 - i; j >= 0; --j) {
-          for (int k = 0; k < depth * matrix_tile; ++k) {
-            sum = Bfloat16Operand::multiply_add(sum, splat(*a.at(i, row, k)), load(b.at(j, k, column)));
-          }
+      // A pair of terms after the other: the unit rounds less often than a sum that is large from the beginning.
+      visit_terms<terms>([&](int i, int j, auto, auto) {
+        for (int k = 0; k < depth * matrix_tile; ++k) {
+          sum = Bfloat16Operand::multiply_add(sum, splat(*a.at(i, row, k)), load(b.at(j, k, column)));
         }
-      }
+      });
       store(destination, sum);
     }
   }

@@ -49,18 +49,24 @@ inline void raise_m(const Vec (&largest)[N], float most_above, SoftmaxState& sta
   rescale(factors);
 }
 
-// Turns S into P, adds it to l. The tile holds the scores over `scale`, which is positive. The rest: see raise_m.
+// The same for the scores of a tile over `scale`, which is positive.
 template <int N, class Rescale>
-inline void softmax_tile(const ScoreTile& tile, SoftmaxState& state, float scale, float most_above, Rescale rescale) {
+FA_INLINE void raise_m_to(const ScoreTile& tile, float scale, float most_above, SoftmaxState& state, Rescale rescale) {
   Vec largest[N];
-  Vec minus_m[N];
-  Vec sum[N] = {};
   for (int n = 0; n < N; ++n) largest[n] = minus_infinity();
   for (int key = 0; key < tile.keys; ++key) {
     for (int n = 0; n < N; ++n) largest[n] = larger_of(load(tile.scores + key * tile.stride + n * lanes), largest[n]);
   }
   for (int n = 0; n < N; ++n) largest[n] *= scale;
   raise_m<N>(largest, most_above, state, rescale);
+}
+
+// Turns S into P, adds it to l. The tile holds the scores over `scale`, which is positive. The rest: see raise_m.
+template <int N, class Rescale>
+inline void softmax_tile(const ScoreTile& tile, SoftmaxState& state, float scale, float most_above, Rescale rescale) {
+  raise_m_to<N>(tile, scale, most_above, state, rescale);
+  Vec minus_m[N];
+  Vec sum[N] = {};
   for (int n = 0; n < N; ++n) minus_m[n] = -load(state.m + n * lanes);
   for (int key = 0; key < tile.keys; ++key) {
     float* row = tile.scores + key * tile.stride;

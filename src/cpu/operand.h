@@ -5,6 +5,8 @@
 // else (layouts, loops) is the same: a word is a word, and the depth is counted in words.
 #pragma once
 
+#include <type_traits>
+
 #include "cpu/convert.h"
 
 #if !defined(FA_BFLOAT16_DOT)  // 1: the level multiplies bfloat16 pairs
@@ -166,6 +168,43 @@ struct MatrixOperand : Bfloat16Operand {
   static FA_INLINE Vec word_of_high(Vec a, Vec b) {
     return from_bits(reinterpret_cast<IVec>(reinterpret_cast<UVec>(a) >> 16) | bits_of(high(b)));
   }
+};
+
+// visit(i, j, is i new, is j new) of the terms of two factors whose product counts, the largest last or with one after it.
+template <int terms, class Visit>
+FA_INLINE void visit_terms(const Visit& visit) {
+  constexpr Constant<1> yes;
+  constexpr Constant<0> no;
+  if constexpr (terms == 3) {
+    visit(Constant<2>{}, Constant<0>{}, yes, yes);
+    visit(Constant<1>{}, Constant<0>{}, yes, no);
+    visit(Constant<1>{}, Constant<1>{}, no, yes);
+    visit(Constant<0>{}, Constant<1>{}, yes, no);
+    visit(Constant<0>{}, Constant<2>{}, no, yes);
+    visit(Constant<0>{}, Constant<0>{}, no, yes);
+  } else if constexpr (terms == 2) {
+    visit(Constant<1>{}, Constant<0>{}, yes, yes);
+    visit(Constant<0>{}, Constant<0>{}, yes, no);
+    visit(Constant<0>{}, Constant<1>{}, no, yes);
+  } else {
+    visit(Constant<0>{}, Constant<0>{}, yes, yes);
+  }
+}
+
+template <int terms>
+constexpr int pairs_of_terms = terms*(terms + 1) / 2;
+
+// By the dtype of a pass.
+struct Operands {
+#if FA_MATRIX_TILES
+  using Bfloat16 = MatrixOperand<1>;
+  using Float16 = MatrixOperand<2>;
+  using Float32 = MatrixOperand<3>;
+#else
+  using Bfloat16 = std::conditional_t<FA_BFLOAT16_DOT != 0, Bfloat16Operand, Float32Operand>;
+  using Float16 = Float32Operand;
+  using Float32 = Float32Operand;
+#endif
 };
 
 template <class Operand>

@@ -46,7 +46,7 @@ inline const float* view_query_words(const AttentionInputs& inputs, const Attent
   }
 }
 
-// A key's row of k or of v, zeros where KeyReader sees none.
+// A key's row of k or of v, not of codes where words hold pairs; zeros where KeyReader sees none.
 template <class Operand>
 inline const float* view_words(const KeyReader& reader, const KeyTensor& source, const Unit& unit, std::int32_t key,
                                float* buffer) {
@@ -55,11 +55,6 @@ inline const float* view_words(const KeyReader& reader, const KeyTensor& source,
   } else {
     const KeySlot slot = reader.slot_of(key);
     if (!slot.exists()) return words_of_zeros();
-    if (source.quantization->scales) {
-      float values[padded_head_dim];
-      pack_row<Operand>(reader.view(source, key, values), round_up(source.dim, dim_panel), buffer);
-      return buffer;
-    }
     return view_words<Operand>(*source.tensor, slot.offset(source.tensor->strides, unit.kv_head), source.dim, buffer);
   }
 }
@@ -146,13 +141,11 @@ inline void pack_value_dims(const KeyReader& reader, const KeyTensor& values, co
 template <class Operand>
 inline float dot_of_words(const float* a, const float* b, int words) {
   Vec sum = {};
-  for (int i = Operand::terms - 1; i >= 0; --i) {
-    for (int j = Operand::terms - 1 - i; j >= 0; --j) {
-      for (int word = 0; word < words; word += lanes) {
-        sum = Operand::multiply_add(sum, load(a + i * words + word), load(b + j * words + word));
-      }
+  visit_terms<Operand::terms>([&](int i, int j, auto, auto) {
+    for (int word = 0; word < words; word += lanes) {
+      sum = Operand::multiply_add(sum, load(a + i * words + word), load(b + j * words + word));
     }
-  }
+  });
   float total = 0.0f;
   for (int lane = 0; lane < lanes; ++lane) total += sum[lane];
   return total;

@@ -58,6 +58,11 @@ FA_INLINE void unroll(Visit visit) {
   }
 }
 
+// What goes on beside a product.
+struct NothingBeside {
+  FA_INLINE void step() {}
+};
+
 // Through memcpy: no alignment is promised, whatever the compiler thinks of a vector's alias.
 FA_INLINE Vec load(const float* p) {
   Vec x;
