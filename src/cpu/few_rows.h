@@ -30,9 +30,9 @@ struct RowsLater {
   static constexpr int keys_of_block = into_l1 ? max_decode_block : max_decode_block / 2;  // its P stays in L1
 
   // Whether what comes into L2 is asked for once more, for L1, so many bytes before it is read. Codes of a byte or less have no
-  // time for that: they wait for arithmetic.
+  // time for that, and several keys of a stream no need: they wait for arithmetic.
   template <DType dtype>
-  static constexpr bool asks_twice = !into_l1 && row_bytes<dtype>(1) > 1;
+  static constexpr bool asks_twice = !into_l1 && row_bytes<dtype>(1) > 1 && depth == 1;
   static constexpr int bytes_near = 512;
 
   static_assert(rows <= max_rows_of_step);
