@@ -12,7 +12,7 @@ from typing import Any, TypeAlias, TypeVar
 import mlx.core as mx
 
 from . import _core
-from .options import attention_options, required, required_array, stream_of
+from .options import attention_options
 
 Window: TypeAlias = "tuple[int | None, int | None]"
 StreamOrDevice: TypeAlias = "mx.Stream | mx.Device | mx.DeviceType | None"
@@ -24,8 +24,8 @@ _PACKING = ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")
 
 def _call(function: Callable[..., Result], arguments: tuple[str, ...], given: dict[str, Any]) -> Result:
     """`function` of the named arguments and of the options: everything else that the caller was `given`, its locals()."""
-    values = [required(name, given.pop(name)) for name in arguments]
-    return function(*values, attention_options(**given))
+    values = [given.pop(name) for name in arguments]
+    return function(*values, attention_options(given))
 
 
 def wanted_results(results: _core.Results, *, return_softmax_lse: bool, return_attn_probs: bool = False) -> Attention:
@@ -39,8 +39,8 @@ def wanted_results(results: _core.Results, *, return_softmax_lse: bool, return_a
 
 
 def _attention(function: Callable[..., _core.Results], arguments: tuple[str, ...], given: dict[str, Any]) -> Attention:
-    wanted = {name: given[name] for name in ("return_softmax_lse", "return_attn_probs")}
-    return wanted_results(_call(function, arguments, given), **wanted)
+    results = _call(function, arguments, given)
+    return wanted_results(results, return_softmax_lse=given["return_softmax_lse"], return_attn_probs=given["return_attn_probs"])
 
 
 def flash_attn_func(
@@ -453,8 +453,4 @@ def flash_attn_combine(
     Raises:
         TypeError, ValueError: as flash_attn_func.
     """
-    if out_dtype is not None and not isinstance(out_dtype, mx.Dtype):
-        raise TypeError(f"[flash_attn] out_dtype: got {type(out_dtype).__name__}, needs an mx.Dtype")
-    return _core.flash_attn_combine(
-        required_array("out_partial", out_partial), required_array("lse_partial", lse_partial), out_dtype, stream_of(stream)
-    )
+    return _core.flash_attn_combine(out_partial, lse_partial, out_dtype, stream)

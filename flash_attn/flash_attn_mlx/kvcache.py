@@ -8,42 +8,16 @@ import mlx.core as mx
 
 from . import _core
 from .interface import Attention, StreamOrDevice, Window, wanted_results
-from .options import attention_options, flag, integer, optional_array, required_array
+from .options import attention_options
 
 # In q's dtype, or int8 with k_scale and v_scale; or MLX's triple of codes, scales and biases, as mx.quantize gives.
 Cache: TypeAlias = "mx.array | tuple[mx.array, mx.array, mx.array]"
 
 
-def _parts(name: str, cache: Any, scale_name: str, scale: Any) -> tuple[mx.array, mx.array | None, mx.array | None]:
-    """codes or numbers, scales, biases: the caller's own arrays."""
-    if not isinstance(cache, (tuple, list)):
-        return required_array(name, cache), optional_array(scale_name, scale), None
-    if scale is not None:
-        raise ValueError(f"[flash_attn] {scale_name}: got an array, needs None: {name} comes with scales of its own")
-    if len(cache) != 3:
-        raise ValueError(f"[flash_attn] {name}: got {len(cache)} arrays, needs 3: codes, scales and biases")
-    data, scales, biases = (required_array(name, part) for part in cache)
-    return data, scales, biases
-
-
-def _lengths(value: Any, batch: int) -> mx.array | None:
-    """One for all sequences, or one for each."""
-    if value is None or isinstance(value, mx.array):
-        return value
-    return mx.array([integer("cache_seqlens", value)] * batch, mx.int32)
-
-
-def _block_table(block_table: Any, page_table: Any) -> mx.array | None:
+def _block_table(block_table: Any, page_table: Any) -> Any:
     if block_table is not None and page_table is not None:
         raise ValueError("[flash_attn] page_table: got an array, needs None: it is another name of block_table")
-    return optional_array("block_table", page_table if block_table is None else block_table)
-
-
-def _batch_of(q: mx.array, cu_seqlens_q: mx.array | None) -> int:
-    rows = q if cu_seqlens_q is None else cu_seqlens_q
-    if rows.ndim == 0:
-        return 0  # refused by its rank, later
-    return rows.shape[0] - (cu_seqlens_q is not None)
+    return page_table if block_table is None else block_table
 
 
 def flash_attn_with_kvcache(
@@ -127,46 +101,40 @@ def flash_attn_with_kvcache(
             what they lead outside of the caches is not read, and not written.
         NotImplementedError: a gradient is asked for.
     """
-    required_array("q", q)
-    cu_seqlens_q = optional_array("cu_seqlens_q", cu_seqlens_q)
-    arguments = _core.KVCacheArguments(
-        k=optional_array("k", k),
-        v=optional_array("v", v),
-        rotary_cos=optional_array("rotary_cos", rotary_cos),
-        rotary_sin=optional_array("rotary_sin", rotary_sin),
-        rotary_interleaved=flag("rotary_interleaved", rotary_interleaved),
-        cache_seqlens=_lengths(cache_seqlens, _batch_of(q, cu_seqlens_q)),
-        cache_batch_idx=optional_array("cache_batch_idx", cache_batch_idx),
-        cache_leftpad=optional_array("cache_leftpad", cache_leftpad),
-        cu_seqlens_q=cu_seqlens_q,
-        max_seqlen_q=None if max_seqlen_q is None else integer("max_seqlen_q", max_seqlen_q),
-        cu_seqlens_k_new=optional_array("cu_seqlens_k_new", cu_seqlens_k_new),
-        rotary_seqlens=optional_array("rotary_seqlens", rotary_seqlens),
-    )
     options = attention_options(
-        dropout_p=0.0,
-        softmax_scale=softmax_scale,
-        causal=causal,
-        window_size=window_size,
-        softcap=softcap,
-        alibi_slopes=alibi_slopes,
-        deterministic=False,
-        return_attn_probs=False,
-        learnable_sink=learnable_sink,
-        attn_mask=None,
-        qv=qv,
-        attention_chunk=attention_chunk,
-        seqused_q=None,
-        seqused_k=None,
-        dropout_key=None,
-        num_splits=num_splits,
-        return_softmax_lse=return_softmax_lse,
-        stream=stream,
-        pack_gqa=pack_gqa,
-        sm_margin=sm_margin,
-        scheduler_metadata=scheduler_metadata,
-        block_table=_block_table(block_table, page_table),
+        {
+            "softmax_scale": softmax_scale,
+            "causal": causal,
+            "window_size": window_size,
+            "softcap": softcap,
+            "alibi_slopes": alibi_slopes,
+            "learnable_sink": learnable_sink,
+            "qv": qv,
+            "attention_chunk": attention_chunk,
+            "num_splits": num_splits,
+            "return_softmax_lse": return_softmax_lse,
+            "stream": stream,
+            "block_table": _block_table(block_table, page_table),
+        }
     )
-    parts = (*_parts("k_cache", k_cache, "k_scale", k_scale), *_parts("v_cache", v_cache, "v_scale", v_scale))
-    results = _core.flash_attn_with_kvcache(q, *parts, arguments, options)
+    results = _core.flash_attn_with_kvcache(
+        q,
+        k_cache,
+        v_cache,
+        options,
+        k=k,
+        v=v,
+        rotary_cos=rotary_cos,
+        rotary_sin=rotary_sin,
+        rotary_interleaved=rotary_interleaved,
+        cache_seqlens=cache_seqlens,
+        cache_batch_idx=cache_batch_idx,
+        cache_leftpad=cache_leftpad,
+        cu_seqlens_q=cu_seqlens_q,
+        max_seqlen_q=max_seqlen_q,
+        cu_seqlens_k_new=cu_seqlens_k_new,
+        rotary_seqlens=rotary_seqlens,
+        k_scale=k_scale,
+        v_scale=v_scale,
+    )
     return wanted_results(results, return_softmax_lse=return_softmax_lse)

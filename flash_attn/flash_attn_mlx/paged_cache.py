@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import mlx.core as mx
 
 from . import _core
 from ._core import OutOfPages
-from .options import integer, required_array, stream_of, wrong_type
 
 __all__ = ["AppendStep", "OutOfPages", "PagedKVCache", "PageStatistics", "update_paged_kv_cache"]
 
@@ -107,17 +105,15 @@ class PagedKVCache:
         layers: int = 1,
         stream: mx.Stream | mx.Device | mx.DeviceType | None = None,
     ) -> None:
-        if not isinstance(dtype, mx.Dtype):
-            raise wrong_type("dtype", dtype, "an mx.Dtype")
         self._core = _core.PagedKVCache(
-            num_pages=integer("num_pages", num_pages),
-            page_size=integer("page_size", page_size),
-            kv_heads=integer("kv_heads", kv_heads),
-            head_dim=integer("head_dim", head_dim),
-            head_dim_v=None if head_dim_v is None else integer("head_dim_v", head_dim_v),
+            num_pages=num_pages,
+            page_size=page_size,
+            kv_heads=kv_heads,
+            head_dim=head_dim,
+            head_dim_v=head_dim_v,
             dtype=dtype,
-            layers=integer("layers", layers),
-            stream=stream_of(stream),
+            layers=layers,
+            stream=stream,
         )
         # Views of the C++ side's arrays: kept, so that everyone gets the same objects.
         self._k_caches = tuple(self._core.k_caches())
@@ -200,7 +196,7 @@ class PagedKVCache:
         Returns:
             Its id. Ids are never given twice.
         """
-        return self._core.add([] if tokens is None else _tokens(tokens))
+        return self._core.add([] if tokens is None else tokens)
 
     def append(
         self,
@@ -222,41 +218,39 @@ class PagedKVCache:
         """
         if (counts is None) == (tokens is None):
             raise ValueError("[flash_attn] counts: got both or none of counts and tokens, needs one of them")
-        ids = _sequences(seqs)
         if tokens is not None:
-            return AppendStep(*self._core.append_tokens(ids, [_tokens(row) for row in tokens]))
-        return AppendStep(*self._core.append_counts(ids, _counts(counts, len(ids))))
+            return AppendStep(*self._core.append_tokens(seqs, tokens))
+        return AppendStep(*self._core.append_counts(seqs, counts))
 
     def reserve(self, seqs: Sequence[int], counts: int | Sequence[int]) -> None:
         """Makes room without lengthening the sequences: the next `counts` tokens need no page, and until they are there
         `block_table` stays as it is, unless the sequence is trimmed or forked."""
-        ids = _sequences(seqs)
-        self._core.reserve(ids, _counts(counts, len(ids)))
+        self._core.reserve(seqs, counts)
 
     def fork(self, seq: int) -> int:
         """A new sequence with the same tokens, in the same pages until one of the two writes."""
-        return self._core.fork(integer("seq", seq))
+        return self._core.fork(seq)
 
     def trim(self, seq: int, length: int) -> None:
         """Drops the tokens of a sequence from `length` on, and pages reserved for it. What the last append added of them is
         forgotten, as it may never have been written; what came before stays to be found by its prefix."""
-        self._core.trim(integer("seq", seq), integer("length", length))
+        self._core.trim(seq, length)
 
     def free(self, seq: int) -> None:
         """Ends a sequence. Its full pages stay to be found by their prefix until they are needed."""
-        self._core.free(integer("seq", seq))
+        self._core.free(seq)
 
     def length(self, seq: int) -> int:
         """Tokens of a sequence."""
-        return self._core.length(integer("seq", seq))
+        return self._core.length(seq)
 
     def block_table(self, seqs: Sequence[int]) -> mx.array:
         """int32 (batch, blocks): the pages of each sequence, -1 after its last."""
-        return self._core.block_table(_sequences(seqs))
+        return self._core.block_table(seqs)
 
     def cache_seqlens(self, seqs: Sequence[int]) -> mx.array:
         """int32 (batch,): the length of each sequence."""
-        return self._core.cache_seqlens(_sequences(seqs))
+        return self._core.cache_seqlens(seqs)
 
     # ---- the whole
 
@@ -270,30 +264,10 @@ class PagedKVCache:
 
     def grow(self, num_pages: int) -> None:
         """Makes the cache `num_pages` large. The one call that copies the whole cache, an array at a time, at once."""
-        self._core.grow(integer("num_pages", num_pages))
+        self._core.grow(num_pages)
 
     def stats(self) -> PageStatistics:
         return PageStatistics(**self._core.statistics())
-
-
-def _sequences(values: Any) -> list[int]:
-    if not isinstance(values, Sequence):
-        raise wrong_type("seqs", values, "a list of ints")
-    return [integer("seqs", value) for value in values]
-
-
-def _counts(counts: Any, sequences: int) -> list[int]:
-    if isinstance(counts, Sequence):
-        return [integer("counts", count) for count in counts]
-    return [integer("counts", counts)] * sequences
-
-
-def _tokens(tokens: Any) -> list[int]:
-    values: Any = tokens.tolist() if isinstance(tokens, mx.array) else tokens
-    try:
-        return list(map(operator.index, values))
-    except TypeError:
-        raise wrong_type("tokens", tokens, "a list of ints or an integer array for each sequence") from None
 
 
 def update_paged_kv_cache(
@@ -320,12 +294,4 @@ def update_paged_kv_cache(
     Raises:
         TypeError, ValueError: as flash_attn_with_kvcache.
     """
-    return _core.update_paged_kv_cache(
-        required_array("k_cache", k_cache),
-        required_array("v_cache", v_cache),
-        required_array("new_k", new_k),
-        required_array("new_v", new_v),
-        required_array("block_table", block_table),
-        required_array("cache_seqlens", cache_seqlens),
-        stream_of(stream),
-    )
+    return _core.update_paged_kv_cache(k_cache, v_cache, new_k, new_v, block_table, cache_seqlens, stream)

@@ -101,12 +101,4 @@ def validate_paged_kv_params(
     Raises:
         TypeError, ValueError: what flash_attn_with_kvcache refuses too; the message names the argument, what it got and needs.
     """
-    from .options import integer, required_array
-
-    load_core().validate_paged_kv_params(
-        required_array("k_cache", k_cache),
-        required_array("v_cache", v_cache),
-        required_array("block_table", block_table),
-        required_array("cache_seqlens", cache_seqlens),
-        integer("seqlen_new", seqlen_new),
-    )
+    load_core().validate_paged_kv_params(k_cache, v_cache, block_table, cache_seqlens, seqlen_new)
