@@ -6,6 +6,10 @@
 namespace flash_attn::cpu::FA_LEVEL {
 namespace {
 
+// Keys are taken in whole tiles of every product.
+template <class Operand>
+constexpr std::int32_t key_granule = is_matrix_operand<Operand> ? depth_granule<Operand> : tile_keys;
+
 // Keys a block: K and V, their panels and gradients fill most of the L2. A function of the shape alone: it fixes the order of
 // every sum.
 template <class Operand>
@@ -17,10 +21,18 @@ inline std::int32_t key_block_size(const AttentionProblem& problem) {
   return clamp_to(fits / granule * granule, granule, 192);
 }
 
+// Of a unit. The last one has only as many keys as are left: short sequences have no other.
+template <class Operand>
+inline KeyBlock key_block_of(const BackwardPass& pass, const Unit& unit, std::int32_t index) {
+  const std::int32_t begin = index * pass.blocks.keys;
+  const std::int32_t left = round_up(max_of(unit.sequence.k.length - begin, 1), key_granule<Operand>);
+  return {begin, min_of(left, pass.blocks.keys)};
+}
+
 // Keys of the block, counted from its first, that cover what is seen of it in whole tiles; empty when nothing is.
 template <class Operand>
 inline KeyRange tiles_seen(KeyRange seen, KeyBlock keys) {
-  constexpr int tile = Operand::word_granule > 1 ? depth_granule<Operand> : tile_keys;
+  constexpr std::int32_t tile = key_granule<Operand>;
   if (seen.begin >= seen.end) return {0, 0};
   return {max_of(seen.begin - keys.begin, 0) / tile * tile, min_of(round_up(seen.end - keys.begin, tile), keys.size)};
 }

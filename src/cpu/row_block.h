@@ -88,6 +88,10 @@ class RowVectors {
     const std::int64_t offset = panel(vector).offset(unit_, tensor.strides, first_lane(vector) + lane);
     fetch_row(element(tensor.data, tensor.dtype, offset), dim * size_of(tensor.dtype));
   }
+  // For those of a unit's first vector, which nobody has asked for before.
+  FA_INLINE void ask_for_first(const ConstTensor& tensor, int dim) const {
+    for (int lane = 0; lane < lanes; ++lane) ask(tensor, dim, 0, lane);
+  }
 
  private:
   const Unit& unit_;
@@ -165,6 +169,11 @@ inline void prepare_rows(const BackwardPass& pass, const Unit& unit, std::int32_
   const std::int64_t panel_stride = words<Operand>(row_block<Operand>) * dim_panel;
   const int row_end = min_of(row_begin + row_block<Operand>, unit.packed_rows());
   const RowVectors<Operand> vectors(pass, unit, row_begin, row_end);
+  if (row_begin == 0) {
+    vectors.ask_for_first(pass.inputs->q, problem.head_dim);
+    vectors.ask_for_first(saved.dout, problem.head_dim_v);
+    vectors.ask_for_first(saved.out, problem.head_dim_v);
+  }
   for (int v = 0; v < vectors.count(); ++v) {
     const RowPanel& panel = vectors.panel(v);
     const int first_lane = vectors.first_lane(v);
