@@ -86,6 +86,7 @@ class PagedKVCache:
     Raises:
         TypeError, ValueError: an argument of a wrong type or value; the message names it. Nothing has changed then.
         OutOfPages: an append or a reserve needs more pages than are free or idle. Nothing has changed then.
+        MemoryError: the machine has too little memory for so many pages.
 
     Example:
         >>> cache = PagedKVCache(num_pages=64, page_size=16, kv_heads=2, head_dim=64)

@@ -36,7 +36,7 @@ struct AppendStep {
 
 class PagedKVCache {
  public:
-  /// Throws std::invalid_argument or TypeError.
+  /// Throws std::invalid_argument or TypeError, and std::bad_alloc where memory has no room for the pages.
   explicit PagedKVCache(const PagedKVCacheOptions& options);
 
   /// One array a layer, (num_pages, page_size, kv_heads, head_dim) and (.., head_dim_v). The vectors keep their size and their

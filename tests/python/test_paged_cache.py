@@ -605,6 +605,16 @@ def test_a_refusal_names_the_argument_and_changes_nothing(name, error, call):
     assert cache.length(0) == 2
 
 
+def test_more_memory_than_there_is():
+    with pytest.raises(MemoryError):
+        PagedKVCache(2**20, 2**20, 2**8, 2**8)
+    cache = small_cache()
+    before = cache.stats()
+    with pytest.raises(MemoryError):
+        cache.grow(2**31 - 1)
+    assert cache.stats() == before
+
+
 def test_it_is_exported_where_the_functions_are():
     assert flash_attn.flash_attn_mlx.PagedKVCache is PagedKVCache
     assert flash_attn.flash_attn_mlx.OutOfPages is OutOfPages
