@@ -54,6 +54,10 @@ std::optional<double> optional_number(const char* name, nb::handle given) { retu
 int integer(const char* name, nb::handle given) {
   if (PyBool_Check(given.ptr()) || is_array(given) || !PyIndex_Check(given.ptr())) fail_type(name, given, "an int");
   const nb::object index = nb::steal(PyNumber_Index(given.ptr()));
+  if (!index && PyErr_ExceptionMatches(PyExc_TypeError)) {
+    PyErr_Clear();  // a NumPy array has __index__, but is a number only if it has one element
+    fail_type(name, given, "an int");
+  }
   if (!index) nb::raise_python_error();
   int overflow = 0;
   const long long result = PyLong_AsLongLongAndOverflow(index.ptr(), &overflow);

@@ -77,6 +77,7 @@ OPTIONS = {
     "qv of another dtype": ({"qv": mx.zeros((2, 5, 4, 6), mx.float16)}, TypeError, "qv"),
     "negative chunk": ({"attention_chunk": -1}, ValueError, "attention_chunk"),
     "fractional chunk": ({"attention_chunk": 1.5}, TypeError, "attention_chunk"),
+    "several chunks": ({"attention_chunk": np.ones(2)}, TypeError, "attention_chunk"),
     "negative splits": ({"num_splits": -1}, ValueError, "num_splits"),
     "seqused of another batch": ({"seqused_k": integers(1, 2, 3)}, ValueError, "seqused_k"),
     "seqused of 64 bits": ({"seqused_q": mx.zeros((2,), mx.int64)}, TypeError, "seqused_q"),
