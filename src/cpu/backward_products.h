@@ -58,7 +58,7 @@ class BackwardProducts {
   }
 
   BackwardProducts(const AttentionProblem& problem, std::int32_t key_block, float* memory)
-      : k_panels_count_(panels_of(problem.head_dim)), v_panels_count_(panels_of(problem.head_dim_v)) {
+      : head_dim_(problem.head_dim), head_dim_v_(problem.head_dim_v) {
     const std::int64_t tile = std::int64_t{key_block} * row_block<Operand>;
     scores_ = memory;
     gradients_ = scores_ + tile;
@@ -117,19 +117,19 @@ class BackwardProducts {
 
   // dV [dim panels][key block][dim_panel] += P^T dO
   void add_dv(const BlockPair<Operand>& pair, float* dv) const {
-    add_over_rows(pair, p_of(pair), pair.rows.dout_panels, v_panels_count_, dv);
+    add_over_rows(pair, p_of(pair), pair.rows.dout_panels, head_dim_v_, dv);
   }
   // dK, of the same form, += dS^T Q
   void add_dk(const BlockPair<Operand>& pair, float* dk) const {
-    add_over_rows(pair, ds_of(pair), pair.rows.q_panels, k_panels_count_, dk);
+    add_over_rows(pair, ds_of(pair), pair.rows.q_panels, head_dim_, dk);
   }
   // dQ [dim panels][row block][dim_panel] += dS K
   void add_dq(const BlockPair<Operand>& pair, float* dq) const {
     const float* ds = Operand::per_word == 1 ? ds_of(pair) : derivative_;
     panel_product<Operand, M>(ds, 1, row_block<Operand>,
                               k_panels_ + std::int64_t{pair.seen.begin / Operand::per_word} * dim_panel,
-                              std::int64_t{words<Operand>(pair.keys.size)} * dim_panel, round_up(pair.row_count, M),
-                              k_panels_count_, dq, row_block<Operand> * dim_panel, [&](int row) -> KeyRange {
+                              std::int64_t{words<Operand>(pair.keys.size)} * dim_panel, round_up(pair.row_count, M), head_dim_,
+                              dq, row_block<Operand> * dim_panel, [&](int row) -> KeyRange {
                                 const KeyRange seen = pair.staircase.keys_of_rows(row, M);
                                 return {seen.begin / Operand::per_word, words<Operand>(seen.end)};
                               });
@@ -163,18 +163,18 @@ class BackwardProducts {
     }
   }
 
-  void add_over_rows(const BlockPair<Operand>& pair, const float* tile, const float* panels, int count, float* sum) const {
+  void add_over_rows(const BlockPair<Operand>& pair, const float* tile, const float* panels, int dims, float* sum) const {
     const int row_words = words<Operand>(pair.row_count);
     panel_product<Operand, M>(tile, row_block<Operand>, 1, panels, std::int64_t{words<Operand>(row_block<Operand>)} * dim_panel,
-                              pair.keys_seen(), count, sum + std::int64_t{pair.seen.begin} * dim_panel,
+                              pair.keys_seen(), dims, sum + std::int64_t{pair.seen.begin} * dim_panel,
                               std::int64_t{pair.keys.size} * dim_panel, [&](int key) -> KeyRange {
                                 const RowSpan span = pair.staircase.rows_of_keys(key, M);
                                 return {span.begin / Operand::per_word, min_of(span.end / Operand::per_word, row_words)};
                               });
   }
 
-  int k_panels_count_;
-  int v_panels_count_;
+  int head_dim_;
+  int head_dim_v_;
   float* scores_;      // [key_block][row_block]  S, P
   float* gradients_;   // [key_block][row_block]  dP, dS
   float* derivative_;  // [key_block][row_block]  softcap's; then dS in words of keys

@@ -63,8 +63,8 @@ inline void attend(const BlockContext<Operand>& block, const RowPanel& panel, Pa
   BlockScores<Operand, N> scores(*block.steps, block.scores, panel, staircase, tile, state.softmax, rows, block.words_of_p);
   const auto& p = scores.compute(k, dim_words, state.q_transposed, *block.ahead);
   const auto add_values = [&](const ResultRows* results) {
-    Products::template values<N>(p, {begin, end}, block.parts.v, words<Operand>(block.pass->key_block),
-                                 panels_of(problem.head_dim_v), staircase, {state.o, state.is_empty, results}, *block.ahead);
+    Products::template values<N>(p, {begin, end}, block.parts.v, words<Operand>(block.pass->key_block), problem.head_dim_v,
+                                 staircase, {state.o, state.is_empty, results}, *block.ahead);
   };
   const ForwardTask& task = *block.task;
   const ForwardOutputs& outputs = *block.pass->outputs;

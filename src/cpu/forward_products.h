@@ -16,28 +16,27 @@ struct RowsOfO {
   const ResultRows* results;  // where the rows go after the last block; null: they stay in sums
 };
 
-// O [rows][dims] += P^T [key words][rows] V [dim panels][key words][dim_panel].
-template <class Operand, int N>
-inline void value_product(const float* p, const float* v, std::int64_t v_panel_stride, int panels_v, const Staircase& steps,
-                          const RowsOfO& o, PackAhead<Operand>& ahead) {
+// value_product for panels [begin, end), W of whose vectors count. Out of line, so that each width has all registers.
+template <class Operand, int N, int W>
+__attribute__((noinline)) void add_panels_of_values(int begin, int end, const float* p, const float* v,
+                                                    std::int64_t v_panel_stride, int row_size, const Staircase& steps,
+                                                    const RowsOfO& o, PackAhead<Operand>& ahead) {
   constexpr int M = value_rows<N>;
   static_assert(N * lanes % M == 0, "a tile would reach past the panel");
-  const int dims = panels_v * dim_panel;
-  for (int panel = 0; panel < panels_v; ++panel) {
+  for (int panel = begin; panel < end; ++panel) {
     for (int row = 0; row < N * lanes; row += M) {
       const KeyRange keys = steps.keys_of_rows(row, M);
       const int first = keys.begin / Operand::per_word;
-      float* sums = o.sums + std::int64_t{row} * dims + panel * dim_panel;
-      Vec acc[M][dim_vectors] = {};
-      matmul_tile<Operand, M, dim_vectors>(acc, p + first * N * lanes + row, 1, N * lanes,
-                                           v + panel * v_panel_stride + first * dim_panel, dim_panel,
-                                           words<Operand>(keys.end) - first, ahead);
+      float* sums = o.sums + std::int64_t{row} * row_size + panel * dim_panel;
+      Vec acc[M][W] = {};
+      matmul_tile<Operand, M, W>(acc, p + first * N * lanes + row, 1, N * lanes, v + panel * v_panel_stride + first * dim_panel,
+                                 dim_panel, words<Operand>(keys.end) - first, ahead);
       // Only now: the product does not wait for what comes from L2.
       if (!o.are_empty) {
 #pragma GCC unroll 16
         for (int m = 0; m < M; ++m) {
 #pragma GCC unroll 4
-          for (int n = 0; n < dim_vectors; ++n) acc[m][n] += load(sums + m * dims + n * lanes);
+          for (int n = 0; n < W; ++n) acc[m][n] += load(sums + m * row_size + n * lanes);
         }
       }
 #pragma GCC unroll 16
@@ -46,11 +45,20 @@ inline void value_product(const float* p, const float* v, std::int64_t v_panel_s
           o.results->write(row + m, panel, acc[m]);
         } else {
 #pragma GCC unroll 4
-          for (int n = 0; n < dim_vectors; ++n) store(sums + m * dims + n * lanes, acc[m][n]);
+          for (int n = 0; n < W; ++n) store(sums + m * row_size + n * lanes, acc[m][n]);
         }
       }
     }
   }
+}
+
+// O [rows][dims] += P^T [key words][rows] V [dim panels][key words][dim_panel].
+template <class Operand, int N>
+inline void value_product(const float* p, const float* v, std::int64_t v_panel_stride, int dims, const Staircase& steps,
+                          const RowsOfO& o, PackAhead<Operand>& ahead) {
+  for_each_width_of_panels(dims, [&](int begin, int end, auto width) {
+    add_panels_of_values<Operand, N, width>(begin, end, p, v, v_panel_stride, round_up(dims, dim_panel), steps, o, ahead);
+  });
 }
 
 template <class Operand>
@@ -70,11 +78,11 @@ struct ForwardProducts {
 
   // O [rows][dims] += P V, P [keys][N vectors], V [dim panels][key words][dim_panel], of a range of its keys; P is lost.
   template <int N>
-  static FA_INLINE void values(const ScoreTile& p, KeyRange keys, const float* v, int key_words, int panels_v,
+  static FA_INLINE void values(const ScoreTile& p, KeyRange keys, const float* v, int key_words, int dims,
                                const Staircase& steps, const RowsOfO& o, PackAhead<Operand>& ahead) {
     const float* words_of_p = pack_along_keys<Operand>(p.scores, N * lanes, p.keys, p.scores);
     value_product<Operand, N>(words_of_p, v + std::int64_t{keys.begin / Operand::per_word} * dim_panel,
-                              std::int64_t{key_words} * dim_panel, panels_v, steps, o, ahead);
+                              std::int64_t{key_words} * dim_panel, dims, steps, o, ahead);
   }
 
   // visit(lane, row of O) of a panel.
@@ -157,30 +165,36 @@ struct ForwardProducts<MatrixOperand<terms>> {
 
   // O^T [dims][N vectors] += V^T P^T
   template <int N>
-  static inline void values(const WordsOfP<Operand, N>& p, KeyRange keys, const float* v, int key_words, int panels_v,
+  static inline void values(const WordsOfP<Operand, N>& p, KeyRange keys, const float* v, int key_words, int head_dim,
                             const Staircase&, const RowsOfO& rows, PackAhead<Operand>&) {
     float* o = rows.sums;
-    const int dims = panels_v * dim_panel;
+    const int dims = round_up(head_dim, dim_panel);
     for (int d = 0; d < dims; d += M * matrix_tile) {
       multiply_tiles<terms, M, N>(!rows.are_empty, o + d * N * lanes, N * lanes,
                                   {v + std::int64_t{d} * key_words + keys.begin / 2, key_words, std::int64_t{dims} * key_words},
                                   {p.first, N * lanes, p.term()}, p.key_words / matrix_tile);
     }
-    if (rows.results) leave_results<N>(o, panels_v, *rows.results);
+    if (rows.results) leave_results<N>(o, head_dim, *rows.results);
   }
 
   template <int N>
-  static inline void leave_results(const float* o, int panels_v, const ResultRows& results) {
+  static inline void leave_results(const float* o, int head_dim, const ResultRows& results) {
     for (int n = 0; n < N; ++n) {
-      for (int panel = 0; panel < panels_v; ++panel) {
-        Vec block[dim_vectors][lanes];
-        for (int part = 0; part < dim_vectors; ++part) {
-          const float* dims = o + std::int64_t{panel * dim_panel + part * lanes} * N * lanes + n * lanes;
-          for (int i = 0; i < lanes; ++i) block[part][i] = load(dims + i * N * lanes);
-          transpose(block[part]);
+      for_each_width_of_panels(head_dim, [&](int begin, int end, auto width) {
+        for (int panel = begin; panel < end; ++panel) {
+          Vec block[width][lanes];
+          for (int part = 0; part < width; ++part) {
+            const float* dims = o + std::int64_t{panel * dim_panel + part * lanes} * N * lanes + n * lanes;
+            for (int i = 0; i < lanes; ++i) block[part][i] = load(dims + i * N * lanes);
+            transpose(block[part]);
+          }
+          for (int i = 0; i < lanes; ++i) {
+            Vec row[width];
+            for (int part = 0; part < width; ++part) row[part] = block[part][i];
+            results.write(n * lanes + i, panel, row);
+          }
         }
-        for (int i = 0; i < lanes; ++i) results.write(n * lanes + i, panel, {block[0][i], block[1][i]});
-      }
+      });
     }
   }
 

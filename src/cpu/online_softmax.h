@@ -120,9 +120,9 @@ struct ResultRows {
   DType dtype;
   bool are_streamed;  // see Tensor::streamed
 
-  // Results of whole panels whose dims lie side by side. Others take finish_panel.
+  // Results of whole vectors whose dims lie side by side. Others take finish_panel.
   static bool suit(const AttentionProblem& problem, const Tensor& out, const Partial& partial) {
-    return problem.head_dim_v % dim_panel == 0 && (partial.o || out.strides.dim == 1);
+    return problem.head_dim_v % lanes == 0 && (partial.o || out.strides.dim == 1);
   }
 
   // And writes lse. `first_row` of its unit is the panel's first row. The lanes after the last row repeat it here too.
@@ -144,16 +144,17 @@ struct ResultRows {
   }
 
   // A row's dims of one panel of them. Who wrote many rows ends with streams_end.
-  FA_INLINE void write(int lane, int dims, const Vec (&o)[dim_vectors]) const {
+  template <int vectors>
+  FA_INLINE void write(int lane, int panel, const Vec (&o)[vectors]) const {
     const Vec scale = splat(ends.scale[lane]);
-    char* p = row[lane] + dims * dim_panel * size_of(dtype);
+    char* p = row[lane] + panel * dim_panel * size_of(dtype);
     if (dtype != DType::float32) {
-      alignas(64) float values[dim_panel];
-      for (int n = 0; n < dim_vectors; ++n) store(values + n * lanes, o[n] * scale);
-      return write_half(p, values);
+      alignas(64) float values[vectors * lanes];
+      for (int n = 0; n < vectors; ++n) store(values + n * lanes, o[n] * scale);
+      return write_half(p, vectors * lanes, values);
     }
 #pragma GCC unroll 4
-    for (int n = 0; n < dim_vectors; ++n, p += lanes * sizeof(float)) {
+    for (int n = 0; n < vectors; ++n, p += lanes * sizeof(float)) {
       if (are_streamed) {
         stream(p, o[n] * scale);
       } else {
@@ -164,11 +165,11 @@ struct ResultRows {
 
  private:
   // Out of line: a tile's rows are unrolled where they are written.
-  __attribute__((noinline)) void write_half(char* p, const float* values) const {
+  __attribute__((noinline)) void write_half(char* p, int count, const float* values) const {
     if (are_streamed) {
-      stream_row(dtype, p, dim_panel, values);
+      stream_row(dtype, p, count, values);
     } else {
-      write_row(dtype, p, 1, dim_panel, values);
+      write_row(dtype, p, 1, count, values);
     }
   }
 };

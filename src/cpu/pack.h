@@ -15,6 +15,16 @@ namespace {
 
 constexpr int panels_of(int dim) { return round_up(dim, dim_panel) / dim_panel; }
 
+// visit(panels [begin, end), how many of their vectors hold dims, as a constant) for the panels of a head dim: of the last one
+// perhaps only the first.
+template <class Visit>
+FA_INLINE void for_each_width_of_panels(int dim, Visit visit) {
+  static_assert(dim_vectors == 2);
+  const int vectors = round_up(dim, lanes) / lanes;
+  visit(0, vectors / 2, Constant<2>{});
+  if (vectors % 2 == 1) visit(vectors / 2, vectors / 2 + 1, Constant<1>{});
+}
+
 // Room for a row of any head dim and the zeros that fill its last panel.
 constexpr int padded_head_dim = max_head_dim + dim_panel;
 constexpr int padded_row = row_floats(padded_head_dim);  // the same as words

@@ -89,30 +89,39 @@ FA_INLINE void score_tile(const float* k, int dim_words, const float* q_transpos
   }
 }
 
-// C [rows][dim panels] += A B, where A(row, k) = a[row * a_row + k * a_depth] and B [dim panels][k][dim_panel], k in words; C
-// is panels too: [dim panels][rows][dim_panel]. `rows` is a multiple of M: dV += P^T dO, dK += dS^T Q and dQ += dS K. Of the
-// depth only depth_of(row) counts for the M rows from `row` on: outside of it A is 0.
-template <class Operand, int M, class DepthOf>
-inline void panel_product(const float* a, std::int64_t a_row, std::int64_t a_depth, const float* b, std::int64_t b_panel_stride,
-                          int rows, int panels, float* c, std::int64_t c_panel_stride, DepthOf depth_of) {
-  for (int panel = 0; panel < panels; ++panel) {
+// panel_product for panels [begin, end), W of whose vectors count.
+template <class Operand, int M, int W, class DepthOf>
+inline void product_of_panels(int begin, int end, const float* a, std::int64_t a_row, std::int64_t a_depth, const float* b,
+                              std::int64_t b_panel_stride, int rows, float* c, std::int64_t c_panel_stride, DepthOf depth_of) {
+  for (int panel = begin; panel < end; ++panel) {
     for (int row = 0; row < rows; row += M) {
       const KeyRange depth = depth_of(row);
       float* tile = c + panel * c_panel_stride + std::int64_t{row} * dim_panel;
-      Vec acc[M][dim_vectors] = {};
-      matmul_tile<Operand, M, dim_vectors>(acc, a + row * a_row + depth.begin * a_depth, a_row, a_depth,
-                                           b + panel * b_panel_stride + std::int64_t{depth.begin} * dim_panel, dim_panel,
-                                           depth.end - depth.begin);
+      Vec acc[M][W] = {};
+      matmul_tile<Operand, M, W>(acc, a + row * a_row + depth.begin * a_depth, a_row, a_depth,
+                                 b + panel * b_panel_stride + std::int64_t{depth.begin} * dim_panel, dim_panel,
+                                 depth.end - depth.begin);
 #pragma GCC unroll 16
       for (int m = 0; m < M; ++m) {
 #pragma GCC unroll 4
-        for (int n = 0; n < dim_vectors; ++n) {
+        for (int n = 0; n < W; ++n) {
           float* p = tile + m * dim_panel + n * lanes;
           store(p, load(p) + acc[m][n]);
         }
       }
     }
   }
+}
+
+// C [rows][dims] += A B, where A(row, k) = a[row * a_row + k * a_depth] and B [dim panels][k][dim_panel], k in words; C is
+// panels too: [dim panels][rows][dim_panel]. `rows` is a multiple of M: dV += P^T dO, dK += dS^T Q and dQ += dS K. Of the depth
+// only depth_of(row) counts for the M rows from `row` on: outside of it A is 0.
+template <class Operand, int M, class DepthOf>
+inline void panel_product(const float* a, std::int64_t a_row, std::int64_t a_depth, const float* b, std::int64_t b_panel_stride,
+                          int rows, int dims, float* c, std::int64_t c_panel_stride, DepthOf depth_of) {
+  for_each_width_of_panels(dims, [&](int begin, int end, auto width) {
+    product_of_panels<Operand, M, width>(begin, end, a, a_row, a_depth, b, b_panel_stride, rows, c, c_panel_stride, depth_of);
+  });
 }
 
 }  // namespace
