@@ -3,7 +3,6 @@
 #include <nanobind/stl/string.h>
 
 #include <algorithm>
-#include <cstdlib>
 #include <limits>
 #include <stdexcept>
 
@@ -19,7 +18,9 @@ bool is_array(nb::handle given) { return nb::isinstance<mx::array>(given); }
 /// numbers.Real, of which NumPy's scalars are.
 bool is_real(nb::handle given) {
   const nb::object real = nb::module_::import_("numbers").attr("Real");
-  return PyObject_IsInstance(given.ptr(), real.ptr()) == 1;
+  const int is_instance = PyObject_IsInstance(given.ptr(), real.ptr());
+  if (is_instance < 0) nb::raise_python_error();
+  return is_instance == 1;
 }
 
 template <class T>
@@ -32,7 +33,7 @@ auto optional(T (*convert)(const char*, nb::handle), const char* name, nb::handl
 void fail_type(const char* name, nb::handle given, const char* needs) { fail<TypeError>(name, name_of_type(given), needs); }
 
 mx::array& required_array(const char* name, nb::handle given) {
-  if (!is_array(given)) fail_type(name, given, "an mx.array");
+  if (!is_array(given) || !nb::inst_ready(given)) fail_type(name, given, "an mx.array");
   return *nb::inst_ptr<mx::array>(given);
 }
 
@@ -61,7 +62,8 @@ int integer(const char* name, nb::handle given) {
   if (!index) nb::raise_python_error();
   int overflow = 0;
   const long long result = PyLong_AsLongLongAndOverflow(index.ptr(), &overflow);
-  if (overflow != 0 || std::llabs(result) > std::numeric_limits<int>::max()) {
+  constexpr int most = std::numeric_limits<int>::max();
+  if (overflow != 0 || result < -most || result > most) {
     fail<std::invalid_argument>(name, nb::cast<std::string>(nb::str(index)), "an integer of 32 bits");
   }
   return static_cast<int>(result);
@@ -115,9 +117,10 @@ CacheRef cache_of(const char* name, nb::handle cache, const char* scale_name, nb
   if (!scale.is_none()) {
     fail<std::invalid_argument>(scale_name, "an array", text("None: ", name, " comes with scales of its own"));
   }
-  const std::size_t parts = nb::len(cache);
+  const Py_ssize_t parts = PySequence_Fast_GET_SIZE(cache.ptr());
   if (parts != 3) fail<std::invalid_argument>(name, text(parts, " arrays"), "3: codes, scales and biases");
-  const auto part = [&](int i) -> mx::array& { return required_array(name, cache[i]); };
+  // The items themselves: what a subclass makes up for each request would not outlive it.
+  const auto part = [&](int i) -> mx::array& { return required_array(name, PySequence_Fast_GET_ITEM(cache.ptr(), i)); };
   return {part(0), &part(1), &part(2)};
 }
 

@@ -1,5 +1,5 @@
-// What Python callers may pass, as the values that the C++ side takes. The error for anything else names the argument, what it
-// got and what it needs. C++ checks shapes, dtypes and ranges.
+// What Python callers may pass, as the values that the C++ functions take. The error for anything else names the argument, what
+// it got and what it needs. Shapes, dtypes and ranges: src/ops/call.
 #pragma once
 
 #include <nanobind/nanobind.h>

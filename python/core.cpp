@@ -3,7 +3,6 @@
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
-#include <nanobind/stl/variant.h>
 
 #include <array>
 #include <exception>
@@ -112,6 +111,8 @@ void bind_kvcache(nb::module_& module) {
          nb::handle cache_batch_idx, nb::handle cache_leftpad, nb::handle cu_seqlens_q, nb::handle max_seqlen_q,
          nb::handle cu_seqlens_k_new, nb::handle rotary_seqlens, nb::handle k_scale, nb::handle v_scale) {
         const mx::array& queries = required_array("q", q);
+        const flash_attn::CacheRef keys = cache_of("k_cache", k_cache, "k_scale", k_scale);
+        const flash_attn::CacheRef values = cache_of("v_cache", v_cache, "v_scale", v_scale);
         KVCacheArguments arguments{.k = optional_array("k", k),
                                    .v = optional_array("v", v),
                                    .rotary_cos = optional_array("rotary_cos", rotary_cos),
@@ -125,9 +126,7 @@ void bind_kvcache(nb::module_& module) {
                                    .cu_seqlens_k_new = optional_array("cu_seqlens_k_new", cu_seqlens_k_new),
                                    .rotary_seqlens = optional_array("rotary_seqlens", rotary_seqlens)};
         arguments.cache_seqlens = cache_seqlens_of(cache_seqlens, queries, arguments.cu_seqlens_q);
-        return tuple_of(flash_attn::flash_attn_with_kvcache(queries, cache_of("k_cache", k_cache, "k_scale", k_scale),
-                                                            cache_of("v_cache", v_cache, "v_scale", v_scale), arguments,
-                                                            options));
+        return tuple_of(flash_attn::flash_attn_with_kvcache(queries, keys, values, arguments, options));
       },
       "q"_given, "k_cache"_given, "v_cache"_given, "options"_given, nb::kw_only(), "k"_given, "v"_given, "rotary_cos"_given,
       "rotary_sin"_given, "rotary_interleaved"_given, "cache_seqlens"_given, "cache_batch_idx"_given, "cache_leftpad"_given,
@@ -179,7 +178,9 @@ void bind_named(nb::module_& module, const char* function_name, Result (*functio
   module.def(
       function_name,
       [=](std::conditional_t<true, nb::handle, Arguments>... given) {
-        return convert(function(as<Arguments>(names[i], given)...));
+        // In their order, so that the first wrong one is named.
+        const std::tuple<decltype(as<Arguments>(names[i], given))...> arguments{as<Arguments>(names[i], given)...};
+        return convert(std::apply(function, arguments));
       },
       nb::arg(names[i]).none()...);
 }

@@ -2,12 +2,8 @@
 #include "flash_attn/kv_cache.h"
 
 #include <nanobind/nanobind.h>
-#include <nanobind/stl/optional.h>
-#include <nanobind/stl/variant.h>
-#include <nanobind/stl/vector.h>
 
 #include <exception>
-#include <optional>
 #include <utility>
 #include <vector>
 
@@ -68,7 +64,8 @@ std::vector<SequenceId> sequences_of(nb::handle given) {
 
 /// One for each of so many sequences, or an int for all.
 std::vector<int> counts_of(nb::handle given, std::size_t sequences) {
-  if (PySequence_Check(given.ptr())) return integers("counts", given);
+  if (PySequence_Check(given.ptr()) && PySequence_Size(given.ptr()) >= 0) return integers("counts", given);
+  PyErr_Clear();  // an array of no axes has no size
   return std::vector<int>(sequences, integer("counts", given));
 }
 
@@ -84,7 +81,8 @@ std::vector<Token> tokens_of(nb::handle given) {
       if (PyErr_Occurred()) nb::raise_python_error();
     }
     return tokens;
-  } catch (const nb::python_error&) {
+  } catch (const nb::python_error& error) {
+    if (!error.matches(PyExc_TypeError) && !error.matches(PyExc_OverflowError)) throw;
     fail_type("tokens", given, "a list of ints or an integer array for each sequence");
   }
 }

@@ -27,7 +27,7 @@ inline void backward_keys(const BackwardPass& pass, const BackwardTask& task, fl
   using Products = BackwardProducts<Operand>;
   const AttentionProblem& problem = *pass.problem;
   const Unit& unit = *task.unit;
-  const KeyBlock keys = key_block_of<Operand>(pass, *task.unit, task.block);
+  const KeyBlock keys = key_block_of<Operand>(pass, unit, task.block);
   const KeyBlockBuffers<Operand> buffers(problem, keys.size, scratch);
   const Products products(problem, keys.size, scratch + KeyBlockBuffers<Operand>::size(problem, keys.size));
   const ScoreSteps steps(problem, *pass.inputs);

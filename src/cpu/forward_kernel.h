@@ -59,7 +59,8 @@ inline void attend(const BlockContext<Operand>& block, const RowPanel& panel, Pa
   Staircase staircase;
   staircase.add(panel, tile.key_begin, tile.keys);
   block.ahead->add_mask(block.scores.inputs->attn_mask, *block.task->unit, panel, {tile.key_begin, tile.key_begin + tile.keys});
-  const SummedRows rows = {state.is_empty ? nullptr : state.o, round_up(problem.head_dim_v, dim_panel)};
+  const SummedRows rows = {state.is_empty ? nullptr : state.o, round_up(problem.head_dim_v, dim_panel),
+                           round_up(problem.head_dim_v, lanes)};
   BlockScores<Operand, N> scores(*block.steps, block.scores, panel, staircase, tile, state.softmax, rows, block.words_of_p);
   const auto& p = scores.compute(k, dim_words, state.q_transposed, *block.ahead);
   const auto add_values = [&](const ResultRows* results) {

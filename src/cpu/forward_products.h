@@ -54,10 +54,10 @@ __attribute__((noinline)) void add_panels_of_values(int begin, int end, const fl
 
 // O [rows][dims] += P^T [key words][rows] V [dim panels][key words][dim_panel].
 template <class Operand, int N>
-inline void value_product(const float* p, const float* v, std::int64_t v_panel_stride, int dims, const Staircase& steps,
+inline void value_product(const float* p, const float* v, std::int64_t v_panel_stride, int head_dim, const Staircase& steps,
                           const RowsOfO& o, PackAhead<Operand>& ahead) {
-  for_each_width_of_panels(dims, [&](int begin, int end, auto width) {
-    add_panels_of_values<Operand, N, width>(begin, end, p, v, v_panel_stride, round_up(dims, dim_panel), steps, o, ahead);
+  for_each_width_of_panels(head_dim, [&](int begin, int end, auto width) {
+    add_panels_of_values<Operand, N, width>(begin, end, p, v, v_panel_stride, round_up(head_dim, dim_panel), steps, o, ahead);
   });
 }
 
@@ -78,11 +78,11 @@ struct ForwardProducts {
 
   // O [rows][dims] += P V, P [keys][N vectors], V [dim panels][key words][dim_panel], of a range of its keys; P is lost.
   template <int N>
-  static FA_INLINE void values(const ScoreTile& p, KeyRange keys, const float* v, int key_words, int dims,
+  static FA_INLINE void values(const ScoreTile& p, KeyRange keys, const float* v, int key_words, int head_dim,
                                const Staircase& steps, const RowsOfO& o, PackAhead<Operand>& ahead) {
     const float* words_of_p = pack_along_keys<Operand>(p.scores, N * lanes, p.keys, p.scores);
     value_product<Operand, N>(words_of_p, v + std::int64_t{keys.begin / Operand::per_word} * dim_panel,
-                              std::int64_t{key_words} * dim_panel, dims, steps, o, ahead);
+                              std::int64_t{key_words} * dim_panel, head_dim, steps, o, ahead);
   }
 
   // visit(lane, row of O) of a panel.

@@ -84,7 +84,8 @@ __attribute__((noinline)) bool score_tile_beside(const float* k, int dim_words, 
 // What a block of keys is added to: O of a panel, null before the first block.
 struct SummedRows {
   float* o;
-  int dims;
+  int row_size;
+  int dims;  // of a row that are in use, in whole vectors
 };
 
 template <class Operand, int N>
@@ -159,7 +160,7 @@ class BlockScores {
         for (int n = 0; n < N; ++n) store(p + n * lanes, load(p + n * lanes) * load(factors + n * lanes));
       }
       for (int row = 0; rows_.o && row < N * lanes; ++row) {
-        if (factors[row] != 1.0f) scale_row(rows_.o + std::int64_t{row} * rows_.dims, factors[row], rows_.dims);
+        if (factors[row] != 1.0f) scale_row(rows_.o + std::int64_t{row} * rows_.row_size, factors[row], rows_.dims);
       }
     });
   }

@@ -25,7 +25,7 @@ inline std::int32_t key_block_size(const AttentionProblem& problem) {
 template <class Operand>
 inline KeyBlock key_block_of(const BackwardPass& pass, const Unit& unit, std::int32_t index) {
   const std::int32_t begin = index * pass.blocks.keys;
-  const std::int32_t left = round_up(max_of(unit.sequence.k.length - begin, 1), key_granule<Operand>);
+  const std::int32_t left = round_up(unit.sequence.k.length - begin, key_granule<Operand>);
   return {begin, min_of(left, pass.blocks.keys)};
 }
 

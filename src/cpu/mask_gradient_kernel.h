@@ -13,7 +13,7 @@ inline void add_mask_gradient(const BackwardPass& pass, const MaskGradientTask& 
   using Products = BackwardProducts<Operand>;
   const AttentionProblem& problem = *pass.problem;
   const Unit& unit = *task.unit;
-  const KeyBlock keys = key_block_of<Operand>(pass, *task.unit, task.block);
+  const KeyBlock keys = key_block_of<Operand>(pass, unit, task.block);
   const int row_end = min_of(task.row_begin + row_block<Operand>, unit.packed_rows());
   const KeyRange seen = tiles_seen<Operand>(visible_keys_of_packed_rows(unit, task.row_begin, row_end), keys);
   if (seen.begin >= seen.end) return;

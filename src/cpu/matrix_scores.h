@@ -148,7 +148,7 @@ class BlockScores<MatrixOperand<terms>, N> {
     const float scale_left = take_steps(tile);
     raise_m_to<N>(tile, scale_left, most_above_m, state_, [&](const float* factors) {
       p_.scale(keys.begin / 2, factors);
-      for (int i = 0; rows_.o && i < rows_.dims * N; ++i) {
+      for (int i = 0; rows_.o && i < rows_.row_size * N; ++i) {
         store(rows_.o + i * lanes, load(rows_.o + i * lanes) * load(factors + i % N * lanes));
       }
     });

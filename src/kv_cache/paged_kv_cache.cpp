@@ -2,6 +2,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <new>
 #include <utility>
 
 #include "flash_attn/kv_cache.h"
@@ -49,6 +50,10 @@ mx::Shape page_stop(const mx::array& cache, int page) {
 mx::array zero_pages(mx::Shape shape, mx::Dtype dtype, mx::StreamOrDevice stream) {
   if (mx::to_stream(stream).device == mx::Device::gpu) return mx::zeros(shape, dtype, stream);
   constexpr std::size_t page_of_memory = 4096;
+  std::size_t bytes = mx::size_of(dtype);
+  for (const int size : shape) {
+    if (__builtin_mul_overflow(bytes, static_cast<std::size_t>(size), &bytes) || bytes > PTRDIFF_MAX) throw std::bad_alloc();
+  }
   mx::array pool(std::move(shape), dtype, /*primitive=*/nullptr, /*inputs=*/{});
   allocate_at(pool, page_of_memory);
   std::memset(pool.data<char>(), 0, pool.nbytes());

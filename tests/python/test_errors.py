@@ -43,6 +43,8 @@ TENSORS = {
     "value head dim 577": ((mx.zeros((1, 1, 1, 8)), mx.zeros((1, 1, 1, 8)), mx.zeros((1, 1, 1, 577))), ValueError, "v"),
     "numpy q": ((np.zeros((2, 5, 4, 8), np.float32), K, V), TypeError, "q"),
     "k is None": ((Q, None, V), TypeError, "k"),
+    "k without a value": ((Q, mx.array.__new__(mx.array), V), TypeError, "k"),
+    "all of them": (("q", "k", "v"), TypeError, "q"),
     "v is a list": ((Q, K, [1.0]), TypeError, "v"),
 }
 
@@ -78,6 +80,7 @@ OPTIONS = {
     "negative chunk": ({"attention_chunk": -1}, ValueError, "attention_chunk"),
     "fractional chunk": ({"attention_chunk": 1.5}, TypeError, "attention_chunk"),
     "several chunks": ({"attention_chunk": np.ones(2)}, TypeError, "attention_chunk"),
+    "chunk of 64 bits": ({"attention_chunk": -(2**63)}, ValueError, "attention_chunk"),
     "negative splits": ({"num_splits": -1}, ValueError, "num_splits"),
     "seqused of another batch": ({"seqused_k": integers(1, 2, 3)}, ValueError, "seqused_k"),
     "seqused of 64 bits": ({"seqused_q": mx.zeros((2,), mx.int64)}, TypeError, "seqused_q"),

@@ -605,9 +605,30 @@ def test_a_refusal_names_the_argument_and_changes_nothing(name, error, call):
     assert cache.length(0) == 2
 
 
-def test_more_memory_than_there_is():
+def test_counts_of_other_kinds():
+    cache = small_cache()
+    seqs = [cache.add_sequence(), cache.add_sequence()]
+    cache.append(seqs, np.array(2))
+    cache.append(seqs, np.array([1, 2]))
+    cache.append(range(2), (1, 1))
+    assert [cache.length(seq) for seq in seqs] == [4, 5]
+
+
+def test_what_tokens_raise_is_raised():
+    def tokens():
+        yield 1
+        raise RuntimeError("no more")
+
+    cache = small_cache()
+    with pytest.raises(RuntimeError, match="no more"):
+        cache.add_sequence(tokens())
+    assert cache.stats() == small_cache().stats()
+
+
+@pytest.mark.parametrize("shape", [(2**20, 2**20, 2**8, 2**8), (2**16, 2**16, 2**16, 2**16)])
+def test_more_memory_than_there_is(shape):
     with pytest.raises(MemoryError):
-        PagedKVCache(2**20, 2**20, 2**8, 2**8)
+        PagedKVCache(*shape)
     cache = small_cache()
     before = cache.stats()
     with pytest.raises(MemoryError):
