@@ -90,12 +90,12 @@ void bind_options(nb::module_& module) {
                                         .return_softmax_lse = flag("return_softmax_lse", return_softmax_lse),
                                         .stream = stream_of(stream)};
           },
-          nb::kw_only(), "dropout_p"_given = 0.0, "softmax_scale"_given = nb::none(), "causal"_given, "window_size"_given,
-          "softcap"_given, "alibi_slopes"_given, "deterministic"_given = false, "return_attn_probs"_given = false,
-          "learnable_sink"_given, "attn_mask"_given = nb::none(), "qv"_given, "attention_chunk"_given,
-          "seqused_q"_given = nb::none(), "seqused_k"_given = nb::none(), "dropout_key"_given = nb::none(), "num_splits"_given,
-          "block_table"_given = nb::none(), "return_softmax_lse"_given, "stream"_given, "pack_gqa"_given = nb::none(),
-          "sm_margin"_given = nb::none(), "scheduler_metadata"_given = nb::none())
+          nb::kw_only(), "dropout_p"_given = 0.0, "softmax_scale"_given, "causal"_given, "window_size"_given, "softcap"_given,
+          "alibi_slopes"_given, "deterministic"_given = false, "return_attn_probs"_given = false, "learnable_sink"_given,
+          "attn_mask"_given = nb::none(), "qv"_given, "attention_chunk"_given, "seqused_q"_given = nb::none(),
+          "seqused_k"_given = nb::none(), "dropout_key"_given = nb::none(), "num_splits"_given,
+          "block_table"_given = nb::none(), "return_softmax_lse"_given, "stream"_given, "pack_gqa"_given, "sm_margin"_given,
+          "scheduler_metadata"_given)
       .def_prop_ro(
           "lacks_dropout_key",
           [](const AttentionOptions& self) { return 0.0 < self.dropout_p && self.dropout_p < 1.0 && !self.dropout_key; })

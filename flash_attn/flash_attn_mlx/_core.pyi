@@ -21,8 +21,11 @@ class AttentionOptions:
         num_splits: object,
         return_softmax_lse: object,
         stream: object,
+        pack_gqa: object,
+        sm_margin: object,
+        scheduler_metadata: object,
+        softmax_scale: object,
         dropout_p: object = 0.0,
-        softmax_scale: object = None,
         deterministic: object = False,
         return_attn_probs: object = False,
         attn_mask: object = None,
@@ -30,9 +33,6 @@ class AttentionOptions:
         seqused_k: object = None,
         dropout_key: object = None,
         block_table: object = None,
-        pack_gqa: object = None,
-        sm_margin: object = None,
-        scheduler_metadata: object = None,
     ) -> None: ...
     @property
     def lacks_dropout_key(self) -> bool: ...

@@ -114,6 +114,9 @@ def flash_attn_with_kvcache(
             "num_splits": num_splits,
             "return_softmax_lse": return_softmax_lse,
             "stream": stream,
+            "pack_gqa": pack_gqa,
+            "sm_margin": sm_margin,
+            "scheduler_metadata": scheduler_metadata,
             "block_table": _block_table(block_table, page_table),
         }
     )
