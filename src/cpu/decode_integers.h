@@ -15,7 +15,8 @@ inline void read_integer_rows(const ConstTensor& tensor, const RowPanel& panel, 
     const std::int64_t offset = panel.offset(unit, tensor.strides, lane);
     read_row(tensor.dtype, element(tensor.data, tensor.dtype, offset), tensor.strides.dim, dim, row);
     for (int d = dim; d < round_up(dim, lanes); ++d) row[d] = 0.0f;
-    factors[lane] = quantize_query(row, dim, reinterpret_cast<std::int32_t*>(words));
+    const float limit = dim < 512 ? 32767.0f : 16383.0f;  // |q . k| stays below 2^31, whatever the key
+    factors[lane] = quantize_query(row, dim, limit, reinterpret_cast<std::int16_t*>(words));
   }
 }
 
@@ -48,7 +49,7 @@ __attribute__((noinline)) void multiply_integer_keys(const DecodePass& pass, con
                           steps * stride);
     });
   };
-  walk<Later>(unit, BlockBytes{source, keys, unit.kv_head}, values_of(problem, *pass.inputs), keys, visit);
+  walk<Later>(unit, BlockBytes<DType::int8>{source, keys, unit.kv_head}, values_of(problem, *pass.inputs), keys, visit);
   read_scales(pass, unit, source, keys, state.numbers);
   scale_scores(unit, keys.count, state.numbers, integers, factors, ScoreScale(problem).query, add, state.scores, stride);
 }
@@ -83,7 +84,7 @@ inline void add_integer_values_of_block(const DecodePass& pass, const Unit& unit
       add_integer_values<count>(values, later, weights, head * rows + tile, v.dim, block);
     });
   };
-  walk<Later>(unit, BlockBytes{v, keys, unit.kv_head}, k, next, visit);
+  walk<Later>(unit, BlockBytes<DType::int8>{v, keys, unit.kv_head}, k, next, visit);
 }
 
 inline void order_integer_dims(float* o, int dim) {

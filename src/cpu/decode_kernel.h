@@ -7,6 +7,7 @@
 //   O = O / l, to the caller, or to a partial result when other tasks have the rest of the keys
 #pragma once
 
+#include "cpu/decode_codes.h"
 #include "cpu/decode_floats.h"
 #include "cpu/decode_integers.h"
 
@@ -123,7 +124,7 @@ inline const DecodeProducts& products_of_numbers(const DecodeTask& task) {
 
 // Codes take longer to turn into float32 than to arrive: from memory as from a cache.
 template <DType k_dtype, DType v_dtype>
-inline const DecodeProducts& products_of_codes(const DecodeTask& task) {
+inline const DecodeProducts& products_in_floats(const DecodeTask& task) {
   if (suits_small_l1(task.read_ahead)) return float_products<StreamsIntoL2, StreamsIntoL2, k_dtype, v_dtype>;
   return float_products<StreamsIntoL1, StreamsIntoL1, k_dtype, v_dtype>;
 }
@@ -131,6 +132,17 @@ inline const DecodeProducts& products_of_codes(const DecodeTask& task) {
 inline const DecodeProducts& products_of_integers(const DecodeTask& task) {
   if (suits_small_l1(task.read_ahead)) return integer_products<StreamsIntoL2>;
   return integer_products<StreamsIntoL1>;
+}
+
+template <DType k_dtype, DType v_dtype>
+inline const DecodeProducts& products_of_codes(const DecodePass& pass, const DecodeTask& task) {
+  if constexpr (FA_CODE_DOT) {
+    if (multiplies_codes(pass)) {
+      if (suits_small_l1(task.read_ahead)) return code_products<false, k_dtype, v_dtype>;
+      return code_products<true, k_dtype, v_dtype>;
+    }
+  }
+  return products_in_floats<k_dtype, v_dtype>(task);
 }
 
 // Of the dtypes of a cache, only the two with MLX's codes may be mixed.
@@ -144,13 +156,13 @@ inline const DecodeProducts& products_of(const DecodePass& pass, const DecodeTas
     case DType::float16:
       return products_of_numbers<DType::float16>(task);
     case DType::int8:
-      return multiplies_integers(pass) ? products_of_integers(task) : products_of_codes<DType::int8, DType::int8>(task);
+      return multiplies_integers(pass) ? products_of_integers(task) : products_in_floats<DType::int8, DType::int8>(task);
     case DType::affine8:
-      return v_dtype == DType::affine4 ? products_of_codes<DType::affine8, DType::affine4>(task)
-                                       : products_of_codes<DType::affine8, DType::affine8>(task);
+      return v_dtype == DType::affine4 ? products_of_codes<DType::affine8, DType::affine4>(pass, task)
+                                       : products_of_codes<DType::affine8, DType::affine8>(pass, task);
     default:
-      return v_dtype == DType::affine8 ? products_of_codes<DType::affine4, DType::affine8>(task)
-                                       : products_of_codes<DType::affine4, DType::affine4>(task);
+      return v_dtype == DType::affine8 ? products_of_codes<DType::affine4, DType::affine8>(pass, task)
+                                       : products_of_codes<DType::affine4, DType::affine4>(pass, task);
   }
 }
 

@@ -1,8 +1,8 @@
 // What a task of decode works on: the rows of its unit, and the scores of a block of keys.
 #pragma once
 
+#include "cpu/code_operand.h"
 #include "cpu/few_rows.h"
-#include "cpu/integer_operand.h"
 #include "cpu/online_softmax.h"
 
 namespace flash_attn::cpu::FA_LEVEL {
@@ -12,10 +12,17 @@ constexpr int max_decode_panels = (max_decode_rows + panel_rows - 1) / panel_row
 
 // Whether the products of a call are of integers. float32 asks for more than their precision; and what is not masked later is
 // read from any page, so there must be one.
-inline bool multiplies_integers(const DecodePass& pass) {
-  const AttentionProblem& problem = *pass.problem;
-  return FA_INTEGER_DOT && pass.inputs->k.dtype == DType::int8 && problem.dtype != DType::float32 && problem.cache_rows > 0;
+inline bool allows_integers(const AttentionProblem& problem) {
+  return problem.dtype != DType::float32 && problem.cache_rows > 0;
 }
+inline bool multiplies_integers(const DecodePass& pass) {
+  return FA_INTEGER_DOT && pass.inputs->k.dtype == DType::int8 && allows_integers(*pass.problem);
+}
+inline bool multiplies_codes(const DecodePass& pass) {
+  return FA_CODE_DOT && is_affine(pass.inputs->k.dtype) && allows_integers(*pass.problem);
+}
+
+constexpr int max_code_words = (max_decode_block + max_rows_of_step) / 4;  // of four keys each
 
 struct DecodeSizes {
   int rows;
@@ -23,9 +30,11 @@ struct DecodeSizes {
   std::int64_t q_stride;
   std::int64_t qv_stride;  // 0: no qv
   std::int64_t o_stride;
-  std::int64_t numbers;      // of a block's keys
-  std::int64_t sums_stride;  // of integers; 0: none
-  bool has_words;            // what is multiplied is not float32
+  std::int64_t numbers;          // of a block's keys
+  std::int64_t ordered_numbers;  // of codes that are multiplied; 0: none
+  std::int64_t sums_stride;      // of integers; 0: none
+  std::int64_t words;            // of what is multiplied and not float32
+  int groups;                    // of codes that are multiplied, at most; 1: none
 
   DecodeSizes(const DecodePass& pass, int unit_rows)
       : rows(unit_rows),
@@ -34,26 +43,35 @@ struct DecodeSizes {
         qv_stride(pass.problem->has_qv ? round_up(pass.problem->head_dim_v, lanes) : 0),
         o_stride(round_up(pass.problem->head_dim_v, lanes)),
         numbers(0),
+        ordered_numbers(0),
         sums_stride(0),
-        has_words(multiplies_integers(pass) || (FA_BFLOAT16_DOT && pass.inputs->v.dtype == DType::bfloat16)) {
-    const int most_kv_heads = unit_rows / pass.problem->group();
+        words(multiplies_integers(pass) || (FA_BFLOAT16_DOT && pass.inputs->v.dtype == DType::bfloat16) ? scores() : 0),
+        groups(1) {
+    const std::int64_t heads = unit_rows / pass.problem->group();  // at most
+    const int groups_of_codes = max_of(pass.problem->head_dim, pass.problem->head_dim_v) / quantization_group;
     if (multiplies_integers(pass)) {
       q_stride = integer_words(pass.problem->head_dim);
       if (pass.problem->has_qv) qv_stride = integer_words(pass.problem->head_dim_v);
       o_stride = sums_stride = round_up(pass.problem->head_dim_v, int8_chunk);
-      numbers = std::int64_t{max_decode_block} * most_kv_heads + lanes;
+      numbers = max_decode_block * heads + lanes;
     } else if (is_affine(pass.inputs->k.dtype)) {
-      const int groups = max_of(pass.problem->head_dim, pass.problem->head_dim_v) / quantization_group;
-      numbers = std::int64_t{2 * max_decode_block} * most_kv_heads * groups;
+      numbers = 2 * max_decode_block * heads * groups_of_codes + lanes;
+    }
+    if (multiplies_codes(pass)) {
+      groups = groups_of_codes;
+      q_stride = integer_words(pass.problem->head_dim);
+      if (pass.problem->has_qv) qv_stride = integer_words(pass.problem->head_dim_v);
+      sums_stride = o_stride;
+      ordered_numbers = 2 * ((max_decode_block + max_rows_of_step) * heads + lanes) * groups;
+      words = 2 * max_code_words * groups * score_stride;
     }
   }
 
   std::int64_t scores() const { return (max_decode_block + max_rows_of_step) * score_stride; }
   std::int64_t mask_rows() const { return std::int64_t{lanes} * round_up(max_decode_block, lanes); }
-  std::int64_t words() const { return has_words ? scores() : 0; }
   std::int64_t total() const {
-    return scores() + words() + mask_rows() + rows * (q_stride + qv_stride + o_stride + sums_stride) + 4 * score_stride +
-           numbers;
+    return scores() + words + mask_rows() + rows * (q_stride + qv_stride + o_stride + sums_stride + 2 * groups) +
+           (3 + 2 * groups) * score_stride + numbers + ordered_numbers;
   }
 };
 
@@ -71,13 +89,17 @@ struct DecodeState {
   float* o;
   float* alpha;
   float* numbers;
-  float* words;  // of scores or of P, as scores
+  float* ordered_numbers;
+  float* words;  // of scores or of P
 
   // Of integers.
   std::int32_t* sums;  // of a block, as o
   float* q_factors;    // [score_stride], as alpha
   float* qv_factors;
-  float* row_units;
+  float* q_sums;  // [rows][groups]
+  float* qv_sums;
+  float* row_units;  // [groups][score_stride]
+  float* row_biases;
 
   DecodeState(const DecodePass& pass, const DecodeTask& task, float* scratch)
       : sizes(pass, task.unit->packed_rows()), panel_count((sizes.rows + panel_rows - 1) / panel_rows) {
@@ -89,11 +111,15 @@ struct DecodeState {
     o = take(sizes.rows * sizes.o_stride);
     alpha = take(sizes.score_stride);
     numbers = take(sizes.numbers);
-    words = take(sizes.words());
+    ordered_numbers = take(sizes.ordered_numbers);
+    words = take(sizes.words);
     sums = reinterpret_cast<std::int32_t*>(take(sizes.rows * sizes.sums_stride));
     q_factors = take(sizes.score_stride);
     qv_factors = take(sizes.score_stride);
-    row_units = take(sizes.score_stride);
+    q_sums = take(sizes.rows * std::int64_t{sizes.groups});
+    qv_sums = take(sizes.rows * std::int64_t{sizes.groups});
+    row_units = take(sizes.groups * sizes.score_stride);
+    row_biases = take(sizes.groups * sizes.score_stride);
     // The columns after the last row are computed with the others.
     if (sizes.rows < sizes.score_stride) std::memset(scores, 0, static_cast<std::size_t>(sizes.scores()) * sizeof(float));
     std::memset(o, 0, static_cast<std::size_t>(sizes.rows * sizes.o_stride) * sizeof(float));

@@ -16,17 +16,17 @@ namespace flash_attn::cpu::FA_LEVEL {
 namespace {
 
 constexpr int tile_rows = 4;
-constexpr int max_rows_of_step = 24;
+constexpr int max_rows_of_step = 32;
 constexpr int max_decode_block = 192;  // keys
 
 // How keys are walked: so many streams side by side, whole tiles of dots for every number of rows and whole pairs, each through
 // a stretch of keys of its own, `depth` of them a step. And what is read some way after them: a row for each, whose lines are
 // asked for meanwhile (docs/performance.md).
-template <int streams, bool into_l1, int keys_of_stream = 1>
+template <int streams, bool into_l1, int keys_of_stream = 1, int ahead = into_l1 ? 8192 / streams : 4096>
 struct RowsLater {
   static constexpr int depth = keys_of_stream;
   static constexpr int rows = streams * depth;                                             // of a step
-  static constexpr int bytes_ahead = (into_l1 ? 8192 / streams : 4096) / depth;            // of each row
+  static constexpr int bytes_ahead = ahead / depth;                                        // of each row
   static constexpr int keys_of_block = into_l1 ? max_decode_block : max_decode_block / 2;  // its P stays in L1
 
   // Whether what comes into L2 is asked for once more, for L1, so many bytes before it is read. Codes of a byte or less have no

@@ -18,25 +18,24 @@ constexpr float largest_weight = 32767.0f;
 // Larger of the bits of non-negative floats: those of NaN are larger than any number's.
 FA_INLINE IVec larger_bits_of(IVec a, IVec b) { return a > b ? a : b; }
 
-// words[integer_words(dim)] of a row [round_up(dim, lanes)], zeros after its last dim. Gives what 1 stands for, NaN where the
-// row has NaN or inf. |q . k| stays below 2^31, whatever the key.
-inline float quantize_query(const float* row, int dim, std::int32_t* words) {
+// Numbers of a row [round_up(dim, lanes)] over a power of two, none larger than `limit`; zeros after its last dim and up to a
+// whole vector of words. Gives what 1 stands for, NaN where the row has NaN or inf.
+inline float quantize_query(const float* row, int dim, float limit, std::int16_t* numbers) {
   IVec magnitudes = {};
   for (int d = 0; d < dim; d += lanes) magnitudes = larger_bits_of(magnitudes, bits_of(abs_of(load(row + d))));
   std::int32_t bits = 0;
   for (int lane = 0; lane < lanes; ++lane) bits = max_of(bits, magnitudes[lane]);
   float largest;
   std::memcpy(&largest, &bits, sizeof(largest));
-  std::memset(words, 0, static_cast<std::size_t>(integer_words(dim)) * sizeof(*words));
+  std::memset(numbers, 0, static_cast<std::size_t>(round_up(dim, int8_chunk)) * sizeof(*numbers));
   if (!(largest < __builtin_inff())) return __builtin_nanf("");
   int exponent = 0;  // largest < 2^exponent
   std::frexp(largest, &exponent);
-  const int precision = dim < 512 ? 15 : 14;
-  const float unit = std::ldexp(1.0f, max_of(exponent - precision, -120));
-  auto* halves = reinterpret_cast<char*>(words);
+  float unit = std::ldexp(1.0f, max_of(exponent - 15, -120));
+  while (largest > limit * unit) unit *= 2.0f;
   for (int d = 0; d < dim; d += lanes) {
-    const Half numbers = __builtin_convertvector(IntegerOperand::rounded(load(row + d) * (1.0f / unit)), Half);
-    std::memcpy(halves + 2 * d, &numbers, sizeof(numbers));
+    const Half some = __builtin_convertvector(IntegerOperand::rounded(load(row + d) * (1.0f / unit)), Half);
+    std::memcpy(numbers + d, &some, sizeof(some));
   }
   return unit;
 }

@@ -180,9 +180,10 @@ FA_INLINE void walk_heads(const Block& block, int first_head, int heads, const N
   RowPlaces<Later> next_ahead = places_at(steps_ahead);
   int steps_now = 1;
   for (int step = 0; step < steps; step += steps_now) {
-    steps_now = heads == 1 && are_side_by_side<Later>(keys, step, steps_at_once) ? steps_at_once : 1;
+    const int at_once = heads == 1 ? min_of(steps_at_once, steps - step) : 1;
+    steps_now = at_once > 1 && are_side_by_side<Later>(keys, step, at_once) ? at_once : 1;
     const Along along = steps_now == 1 ? Along::heads : Along::keys;
-    const int ask_at = steps - keys_before_block / Later::depth;
+    const int ask_at = steps - max_of(keys_before_block / Later::depth, 1);
     if (step <= ask_at && ask_at < step + steps_now) {
       ask_for_block<Later, dtype>(next.source, next.keys, next.first_head, next.heads);
     }

@@ -172,7 +172,27 @@ FA_INLINE Vec interleave_high(Vec a, Vec b) {
 #endif
 }
 
-// The same inside each 128-bit part, which costs half as much.
+// Every second lane of a, then of b: the even ones, or the odd ones.
+FA_INLINE Vec even_lanes(Vec a, Vec b) {
+#if FA_VECTOR_BYTES == 16
+  return __builtin_shufflevector(a, b, 0, 2, 4, 6);
+#elif FA_VECTOR_BYTES == 32
+  return __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14);
+#else
+  return __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+#endif
+}
+FA_INLINE Vec odd_lanes(Vec a, Vec b) {
+#if FA_VECTOR_BYTES == 16
+  return __builtin_shufflevector(a, b, 1, 3, 5, 7);
+#elif FA_VECTOR_BYTES == 32
+  return __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15);
+#else
+  return __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+#endif
+}
+
+// The same as interleave inside each 128-bit part, which costs half as much.
 template <class V>
 FA_INLINE V unpack_low(V a, V b) {
 #if FA_VECTOR_BYTES == 16
@@ -241,18 +261,46 @@ FA_INLINE V sums_of_parts(const V (&x)[lanes / 4]) {
 #endif
 }
 
-// [lanes][lanes] in place: log2(lanes) perfect shuffles of rows i and i + lanes / 2.
+// The 128-bit parts of four vectors [row][part] as [part][row], or of two where a vector has two.
+FA_INLINE void transpose_parts([[maybe_unused]] Vec (&rows)[lanes / 4]) {
+#if FA_VECTOR_BYTES == 32
+  const Vec first = rows[0];
+  rows[0] = __builtin_shufflevector(first, rows[1], 0, 1, 2, 3, 8, 9, 10, 11);
+  rows[1] = __builtin_shufflevector(first, rows[1], 4, 5, 6, 7, 12, 13, 14, 15);
+#elif FA_VECTOR_BYTES == 64
+  const auto low = [](Vec a, Vec b) {
+    return __builtin_shufflevector(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23);
+  };
+  const auto high = [](Vec a, Vec b) {
+    return __builtin_shufflevector(a, b, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+  };
+  const Vec pairs[4] = {low(rows[0], rows[1]), low(rows[2], rows[3]), high(rows[0], rows[1]), high(rows[2], rows[3])};
+#pragma GCC unroll 2
+  for (int i = 0; i < 4; i += 2) {
+    rows[i] = __builtin_shufflevector(pairs[i], pairs[i + 1], 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27);
+    rows[i + 1] = __builtin_shufflevector(pairs[i], pairs[i + 1], 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
+  }
+#endif
+}
+
+// [lanes][lanes] in place: inside 128-bit parts, which costs least, then the parts.
 FA_INLINE void transpose(Vec (&rows)[lanes]) {
+  Vec columns[4][lanes / 4];  // [column of a part][four rows]
 #pragma GCC unroll 4
-  for (int round = 1; round < lanes; round *= 2) {
-    Vec shuffled[lanes];
-#pragma GCC unroll 8
-    for (int i = 0; i < lanes / 2; ++i) {
-      shuffled[2 * i] = interleave_low(rows[i], rows[i + lanes / 2]);
-      shuffled[2 * i + 1] = interleave_high(rows[i], rows[i + lanes / 2]);
-    }
-#pragma GCC unroll 16
-    for (int i = 0; i < lanes; ++i) rows[i] = shuffled[i];
+  for (int i = 0; i < lanes / 4; ++i) {
+    const Vec* four = rows + 4 * i;
+    const Vec low[2] = {unpack_low(four[0], four[2]), unpack_low(four[1], four[3])};
+    const Vec high[2] = {unpack_high(four[0], four[2]), unpack_high(four[1], four[3])};
+    columns[0][i] = unpack_low(low[0], low[1]);
+    columns[1][i] = unpack_high(low[0], low[1]);
+    columns[2][i] = unpack_low(high[0], high[1]);
+    columns[3][i] = unpack_high(high[0], high[1]);
+  }
+#pragma GCC unroll 4
+  for (int column = 0; column < 4; ++column) {
+    transpose_parts(columns[column]);
+#pragma GCC unroll 4
+    for (int part = 0; part < lanes / 4; ++part) rows[4 * part + column] = columns[column][part];
   }
 }
 

@@ -64,14 +64,13 @@ namespace {
 // Where the chip multiplies bfloat16 pairs, P and dS are rounded to bfloat16 before their products, as upstream rounds them.
 constexpr double bfloat16_operand_error = 0x1p-8;
 
-// Where it multiplies integers, q and P are rounded to 15 bits of their largest element before they meet an int8 cache.
+// Where it multiplies integers, q and P are rounded to 15 bits of their largest element before they meet a quantised cache.
 constexpr double integer_operand_error = 0x1p-14;
 
 // On the first, keys and values that were quantised are rounded too.
 double quantized_operand_error(const TestCall& call) {
   if (call.problem.dtype == DType::float32 || !has_codes(call.inputs.k.dtype)) return 0.0;
-  if (call.problem.dtype == DType::bfloat16) return bfloat16_operand_error;
-  return call.inputs.k.dtype == DType::int8 ? integer_operand_error : 0.0;
+  return call.problem.dtype == DType::bfloat16 ? bfloat16_operand_error : integer_operand_error;
 }
 
 // `want` is [rows, heads, dim]; when dense, rows are [batch, seq]. `errors`: what each element may differ by besides; empty: 0.

@@ -3,6 +3,7 @@
 #define FA_VECTOR_BYTES 64
 #define FA_VECTOR_REGISTERS 32
 #define FA_MATRIX_TILES 1
+#define FA_CODE_DOT 1
 #define FA_TILES_FOR_FEW 1
 
 #include "cpu/level.h"

@@ -3,6 +3,7 @@
 #define FA_VECTOR_BYTES 64
 #define FA_VECTOR_REGISTERS 32
 #define FA_BFLOAT16_DOT 1
+#define FA_CODE_DOT 1
 #define FA_PACK_AHEAD 1
 #define FA_SOFTMAX_BESIDE 1
 #define FA_TWO_STREAMS 1
