@@ -12,7 +12,7 @@ struct ReleaseBuffer {
 };
 using Buffer = std::unique_ptr<float[], ReleaseBuffer>;
 
-/// Memory of an earlier pass where some is left over: fresh pages cost a short call a tenth of its time. At most 64 MiB are
+/// Memory of an earlier pass where some is left over: fresh pages cost a short call a tenth of its time. At most 96 MiB are
 /// kept. Throws std::bad_alloc.
 Buffer allocate(std::int64_t floats);
 

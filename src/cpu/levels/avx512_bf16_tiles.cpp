@@ -1,4 +1,4 @@
-// The tile shapes and bfloat16 pairs of avx512_bf16 in baseline instructions.
+// The tile shapes, bfloat16 pairs and codes of avx512_bf16 in baseline instructions.
 #define FA_LEVEL avx512_bf16_tiles
 #define FA_VECTOR_BYTES 64
 #define FA_VECTOR_REGISTERS 32
