@@ -88,8 +88,8 @@ def flash_attn_with_kvcache(
         page_table: another name of block_table.
         k_scale, v_scale: float32, the shape of the cache without its last axis: x = code * scale. Changed in place too.
             On an x86-64 CPU, few 16-bit queries are rounded to 15 bits of their largest element before they meet int8
-            keys, and probabilities to 15 bits of a block's largest; so too before a triple's, where the CPU has AVX-512
-            with VNNI. float32 queries are not.
+            keys, and probabilities to 15 bits of a block's largest; so too before a triple's, in the avx512_bf16 and
+            avx512_amx kernels. float32 queries are not.
         softmax_scale, causal, window_size, softcap, alibi_slopes, learnable_sink, qv, attention_chunk, stream, pack_gqa,
             sm_margin, scheduler_metadata: as in flash_attn_func, aligned to the end of each sequence's keys.
 

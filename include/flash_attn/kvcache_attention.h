@@ -15,7 +15,7 @@ namespace flash_attn {
 ///   int8:         data int8 of that shape; scales float32 without its last axis: x = code * scale. On an x86-64 CPU, few
 ///                 16-bit queries and their probabilities are rounded to 15 bits of the largest before they meet it
 ///   MLX's triple: data uint32 (.., dim * bits / 32), scales and biases (.., dim / 64), as mx.quantize gives for 8 or 4 bits.
-///                 Rounded alike where the CPU has AVX-512 with VNNI
+///                 Rounded alike in the avx512_bf16 and avx512_amx kernels
 struct CacheRef {
   mx::array& data;
   mx::array* scales = nullptr;

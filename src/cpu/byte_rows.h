@@ -1,4 +1,4 @@
-// Rows of a quantised cache as bytes, for products that take them as they lie.
+// Rows of a quantised cache as bytes, for products that take them as they lie, and what sums over them become.
 #pragma once
 
 #include "cpu/integer_operand.h"
@@ -36,6 +36,17 @@ struct BlockBytes {
   const KeyTensor& source;
   const KeySlots& keys;
   std::int32_t first_head;
+};
+
+// O of a block in integers, and where it goes: the first step of a block begins with zeros, the last adds them to O.
+struct BlockSums {
+  std::int32_t* sums;  // [row][dim], in the order of an operand's words, as O
+  float* o;
+  std::int64_t stride;
+  const float* rescale;    // of O, each row
+  const float* row_units;  // of the sums
+  bool is_first;
+  bool is_last;
 };
 
 }  // namespace

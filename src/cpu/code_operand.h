@@ -26,6 +26,9 @@ constexpr int group_bytes = quantization_group / codes_of_byte<dtype>;
 constexpr int code_chunk = 4 * lanes;                      // bytes of a vector
 constexpr int group_vectors = quantization_group / lanes;  // of words of keys
 
+// Words of a row of q, two for each word of codes.
+constexpr int code_words(int dim) { return 2 * (dim / 4); }
+
 #if FA_CODE_DOT
 static_assert(lanes == 16, "the order of words of keys is that of 512 bits");
 #endif
@@ -65,26 +68,11 @@ struct CodeOperand {
   // [dim] sums over words of keys, in the order of dims.
   template <DType dtype>
   static inline void order_dims(float* sums, int dim) {
-    for (int d = 0; d < dim; d += quantization_group, sums += quantization_group) {
-      float group[quantization_group];
-      __builtin_memcpy(group, sums, sizeof(group));
-      const auto move = [&](int to, const float* from) { __builtin_memcpy(sums + to, from, sizeof(Part)); };
-      for (int part = 0; part < 4; ++part) {
-        for (int i = 0; i < group_vectors; ++i) {
-          if constexpr (codes_of_byte<dtype> == 1) {
-            move(16 * part + 4 * i, group + i * lanes + 4 * part);
-          } else if (i % 2 == 0) {
-            const Vec even = load(group + i * lanes);
-            const Vec odd = load(group + (i + 1) * lanes);
-            float low[lanes];
-            float high[lanes];
-            store(low, unpack_low(even, odd));
-            store(high, unpack_high(even, odd));
-            const int dim_of_part = 2 * byte_of_part(i / 2, part);
-            move(dim_of_part, low + 4 * part);
-            move(dim_of_part + 4, high + 4 * part);
-          }
-        }
+    for (int d = 0; d < dim; d += quantization_group) {
+      if constexpr (codes_of_byte<dtype> == 1) {
+        order_bytes(sums + d);
+      } else {
+        order_pairs(sums + d);
       }
     }
   }
@@ -109,6 +97,16 @@ struct CodeOperand {
 #endif
   }
 
+  static inline void order_bytes(float* sums) {
+    float group[quantization_group];
+    __builtin_memcpy(group, sums, sizeof(group));
+    for (int i = 0; i < group_vectors; ++i) {
+      for (int part = 0; part < lanes / 4; ++part) {
+        __builtin_memcpy(sums + 16 * part + 4 * i, group + i * lanes + 4 * part, sizeof(Part));
+      }
+    }
+  }
+
   // Where a part of the words of few bytes begins.
   static constexpr int byte_of_part(int i, int part) { return 4 * i + part % 2 * 16 + part / 2 * 8; }
 
@@ -130,6 +128,24 @@ struct CodeOperand {
       for (int lane = 0; lane < lanes; ++lane) words[i][lane] = word_of(keys, at + byte_of_part(i, lane / 4) + lane % 4);
     }
 #endif
+  }
+
+  // Of each byte its low code, then the high one.
+  static inline void order_pairs(float* sums) {
+    float pairs[2][quantization_group / 2];  // [vector of bytes], two bytes a part of the first half and two of the second
+    for (int i = 0; i < 2; ++i) {
+      const Vec even = load(sums + 2 * i * lanes);
+      const Vec odd = load(sums + (2 * i + 1) * lanes);
+      store(pairs[i], unpack_low(even, odd));
+      store(pairs[i] + lanes, unpack_high(even, odd));
+    }
+    for (int i = 0; i < 2; ++i) {
+      for (int part = 0; part < lanes / 4; ++part) {
+        float* to = sums + 2 * byte_of_part(i, part);
+        __builtin_memcpy(to, pairs[i] + 4 * part, sizeof(Part));
+        __builtin_memcpy(to + 4, pairs[i] + lanes + 4 * part, sizeof(Part));
+      }
+    }
   }
 
   static FA_INLINE std::int32_t word_of(const char* const (&keys)[4], int byte) {

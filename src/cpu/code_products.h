@@ -12,11 +12,14 @@
 namespace flash_attn::cpu::FA_LEVEL {
 namespace {
 
+// A byte of two codes takes twice as long to multiply.
+template <DType dtype>
+constexpr int bytes_ahead_of_codes = 8192 / codes_of_byte<dtype>;
 // K's keys of a step are as many neighbours as lanes; of V more gain, since sums are read and written once a step.
 template <bool into_l1, DType dtype>
-using KeyCodesLater = RowsLater<1, into_l1, lanes, 8192 / codes_of_byte<dtype>>;
+using KeyCodesLater = RowsLater<1, into_l1, lanes, bytes_ahead_of_codes<dtype>>;
 template <bool into_l1, DType dtype>
-using ValueCodesLater = RowsLater<1, into_l1, 2 * lanes, 8192 / codes_of_byte<dtype>>;
+using ValueCodesLater = RowsLater<1, into_l1, 2 * lanes, bytes_ahead_of_codes<dtype>>;
 
 // ---- S
 
@@ -25,7 +28,7 @@ struct CodeQueries {
   const std::int32_t* words;  // [word][stride], of each row the high and the low one
   std::int64_t stride;
   const float* sums;     // [row][groups]
-  const float* factors;  // [row]
+  const float* factors;  // [row]: what 1 of the words stands for
 };
 struct KeyNumbers {
   const float* scales;  // [group][stride]: lanes
@@ -43,10 +46,8 @@ FA_INLINE Vec load_chunk(const char* row, int byte, int bytes) {
 template <int M>
 FA_INLINE void store_key_lanes(const Vec (&of_row)[M], bool add, float* scores, std::int64_t stride) {
   if constexpr (M == tile_rows) {
-    const Vec low[2] = {unpack_low(of_row[0], of_row[2]), unpack_low(of_row[1], of_row[3])};
-    const Vec high[2] = {unpack_high(of_row[0], of_row[2]), unpack_high(of_row[1], of_row[3])};
-    const Vec of_key[4] = {unpack_low(low[0], low[1]), unpack_high(low[0], low[1]), unpack_low(high[0], high[1]),
-                           unpack_high(high[0], high[1])};
+    Vec of_key[4] = {of_row[0], of_row[1], of_row[2], of_row[3]};
+    transpose_in_parts(of_key);
     unroll<lanes / 4>([&](auto part) FA_INLINE_IF_FAST {
       for (int i = 0; i < 4; ++i) {
         float* to = scores + (4 * part + i) * stride;
@@ -104,27 +105,18 @@ __attribute__((noinline)) void code_dots(const ByteRows<Later>& keys, Later late
       const Vec biases = load(numbers.biases + group * numbers.stride);
 #pragma GCC unroll 4
       for (int m = 0; m < M; ++m) {
-        sums[m] += to_float((high[m] << 8) + low[m]) * scales + biases * splat(q.sums[m * groups + group]);
+        const Vec sum = to_float((high[m] << 8) + low[m]) * q.factors[m];
+        sums[m] += sum * scales + biases * splat(q.sums[m * groups + group]);
       }
       ++group;
     });
   }
 #pragma GCC unroll 4
-  for (int m = 0; m < M; ++m) sums[m] *= scale * q.factors[m];
+  for (int m = 0; m < M; ++m) sums[m] *= scale;
   store_key_lanes(sums, add, scores, stride);
 }
 
 // ---- O
-
-// O of a block in integers, and where it goes: the first step of a block begins with zeros, the last adds them to O.
-struct CodeSums {
-  std::int32_t* sums;  // [row][dim], in the order of CodeOperand::words_of_keys, as O
-  float* o;
-  std::int64_t stride;
-  const float* rescale;  // of O, each row
-  int step;
-  int steps;
-};
 
 constexpr int value_code_rows = 2;  // of a tile: with two sums for each vector of a group they leave registers for the codes
 
@@ -133,7 +125,7 @@ constexpr int value_code_rows = 2;  // of a tile: with two sums for each vector 
 template <DType dtype, int M, class Later>
 __attribute__((noinline)) void add_code_values(const ByteRows<Later>& values, Later later, bool asks,
                                                const CodeWeights& weights, int words, int row, int group,
-                                               const CodeSums& block) {
+                                               const BlockSums& block) {
   static_assert(Later::depth == Later::rows);
   IVec high[M][group_vectors] = {};
   IVec low[M][group_vectors] = {};
@@ -144,7 +136,7 @@ __attribute__((noinline)) void add_code_values(const ByteRows<Later>& values, La
     IVec codes[group_vectors];
     CodeOperand::words_of_keys<dtype>(keys, group, codes);
     if (asks) later.from(4 * word).template ask<4>(group * group_bytes<dtype>);
-    const std::int64_t at = (block.step * (Later::rows / 4) + word) * weights.stride + row;
+    const std::int64_t at = word * weights.stride + row;
 #pragma GCC unroll 4
     for (int m = 0; m < M; ++m) {
       const IVec of_high = splat(weights.high[at + m]);
@@ -160,10 +152,10 @@ __attribute__((noinline)) void add_code_values(const ByteRows<Later>& values, La
     unroll<group_vectors>([&](auto i) FA_INLINE_IF_FAST {
       const std::int64_t at = (row + m) * block.stride + group * quantization_group + i * lanes;
       IVec sum = (high[m][i] << 8) + low[m][i];
-      if (block.step > 0) sum += load_words(block.sums + at);
-      if (block.step + 1 < block.steps) return store_words(block.sums + at, sum);
+      if (!block.is_first) sum += load_words(block.sums + at);
+      if (!block.is_last) return store_words(block.sums + at, sum);
       store(block.o + at,
-            load(block.o + at) * block.rescale[row + m] + (to_float(sum) * weights.units[row + m] + weights.biases[row + m]));
+            load(block.o + at) * block.rescale[row + m] + (to_float(sum) * block.row_units[row + m] + weights.biases[row + m]));
     });
   });
 }

@@ -1,4 +1,4 @@
-// Rows of q and of P in two bytes each, and scales and biases in the order of their use, where they meet MLX's codes.
+// Rows of q and of P in two bytes each, where they meet MLX's codes.
 //
 // A number is 256 high + low, and a product of codes is made of each. q and P are as fine as for an int8 cache
 // (integer_rows.h), but for a bit. A group's bias counts for all of its dims: S takes it times the sum of q, O times P.
@@ -28,9 +28,10 @@ inline void order_query_bytes(std::int8_t (&bytes)[quantization_group]) {
   }
 }
 
-// Of numbers [dim]: words[word * stride], high ones and then low ones side by side, and sums [groups].
+// Of numbers [dim], whose 1 stands for `unit`: words[word * stride], a high one and a low one side by side, and sums [groups].
 template <DType dtype>
-inline void split_query(const std::int16_t* numbers, int dim, std::int32_t* words, std::int64_t stride, float* sums) {
+inline void split_query(const std::int16_t* numbers, float unit, int dim, std::int32_t* words, std::int64_t stride,
+                        float* sums) {
   using FewBytes = std::int8_t __attribute__((vector_size(lanes)));
   using FewNumbers = std::int16_t __attribute__((vector_size(2 * lanes)));
   for (int group = 0; group < dim / quantization_group; ++group, numbers += quantization_group) {
@@ -50,72 +51,13 @@ inline void split_query(const std::int16_t* numbers, int dim, std::int32_t* word
     }
     std::int32_t total = 0;
     for (int lane = 0; lane < lanes; ++lane) total += sum[lane];
-    sums[group] = static_cast<float>(total);
+    sums[group] = static_cast<float>(total) * unit;
     order_query_bytes<dtype>(high_bytes);
     order_query_bytes<dtype>(low_bytes);
     for (int word = 0; word < quantization_group / 4; ++word, words += stride) {
       std::memcpy(words, high_bytes + 4 * word, sizeof(*words));
       std::memcpy(words + 1, low_bytes + 4 * word, sizeof(*words));
     }
-  }
-}
-
-// ---- scales and biases
-
-// to[group * of_group + i] = from[i * groups + group]
-inline void split_groups(const float* from, std::int64_t count, int groups, float* to, std::int64_t of_group) {
-  std::int64_t i = 0;
-  if (groups == 1) return void(std::memcpy(to, from, static_cast<std::size_t>(count) * sizeof(float)));
-  if (groups == 2) {
-    for (; i + lanes <= count; i += lanes) {
-      const Vec pairs[2] = {load(from + 2 * i), load(from + 2 * i + lanes)};
-      store(to + i, even_lanes(pairs[0], pairs[1]));
-      store(to + of_group + i, odd_lanes(pairs[0], pairs[1]));
-    }
-  }
-  for (; i < count; ++i) {
-    for (int group = 0; group < groups; ++group) to[group * of_group + i] = from[i * groups + group];
-  }
-}
-
-// Of a block's keys, [head of the unit][group][stride]: what a tile of K's codes reads. `numbers` are block.scales or biases.
-template <DType dtype>
-inline void order_key_numbers(const BlockRows<dtype>& block, int heads, const float* numbers, std::int64_t stride,
-                              float* ordered) {
-  const int groups = groups_of(block.source);
-  const int keys = block.keys.count;
-  if (block.numbers_of_head != groups) {
-    for (int head = 0; head < heads; ++head) {
-      split_groups(numbers + head * block.numbers_of_head, keys, groups, ordered + head * groups * stride, stride);
-    }
-    return;
-  }
-  for (int key = 0; key < keys; key += lanes) {
-    const float* of_key[lanes];
-    for (int lane = 0; lane < lanes; ++lane) of_key[lane] = numbers + min_of(key + lane, keys - 1) * block.numbers_of_key;
-    visit_columns(of_key, heads * groups, [&](int i, Vec of_keys) { store(ordered + i * stride + key, of_keys); });
-  }
-}
-
-// [group][key][head of the unit] and `lanes` more a group: what passes over rows of P reads.
-template <DType dtype>
-inline void order_value_numbers(const BlockRows<dtype>& block, int heads, const float* numbers, std::int64_t of_group,
-                                float* ordered) {
-  const int groups = groups_of(block.source);
-  const int keys = block.keys.count;
-  if (block.numbers_of_head == groups) return split_groups(numbers, keys * heads, groups, ordered, of_group);
-  // From the last heads to the first, whose vectors take the place of what others leave in the next key's.
-  for (int head = (heads - 1) / lanes * lanes; head >= 0; head -= lanes) {
-    const float* of_head[lanes];
-    for (int lane = 0; lane < lanes; ++lane) of_head[lane] = numbers + min_of(head + lane, heads - 1) * block.numbers_of_head;
-    float* to = ordered + head;
-    int group = 0;
-    visit_columns(of_head, keys * groups, [&](int, Vec of_heads) {
-      store(to + group * of_group, of_heads);
-      if (++group < groups) return;
-      group = 0;
-      to += heads;
-    });
   }
 }
 
@@ -128,6 +70,8 @@ struct CodeWeights {
   std::int64_t stride;
   float* units;   // [row]: what 1 stands for, NaN where a product is
   float* biases;  // [row]: the sum of P times the values' biases
+
+  CodeWeights from_key(int key) const { return {high + key / 4 * stride, low + key / 4 * stride, stride, units, biases}; }
 };
 
 // What four vectors of weights are as bytes.
@@ -165,28 +109,22 @@ inline void quantize_code_weights(const Unit& unit, int keys, const float* scale
       bias += load(p + key * stride + first) * biases_of_rows.of_key(key);
     }
     const Vec largest = scales_of_rows.of_rows_only(from_bits(magnitudes));
-    const Vec inverse = select(largest > 0.0f, largest_of_two_bytes / largest, Vec{});
-    const Vec unit_of_row = largest * (1.0f / largest_of_two_bytes);
+    const Vec unit_of_row = unit_of_weights(largest, largest_of_two_bytes);
+    const Vec inverse = 1.0f / unit_of_row;
     IVec sum_of_high = {};
     IVec sum_of_low = {};
-    const auto store_word = [&](int word, const Vec(&numbers)[4]) {
+    for (int key = 0; key < keys; key += 4) {
+      Vec numbers[4] = {};
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) {
+        if (key + i < keys) numbers[i] = weight_of(key + i) * inverse;
+      }
       const WordsOfWeights words(numbers);
-      const std::int64_t at = word * weights.stride + first;
+      const std::int64_t at = key / 4 * weights.stride + first;
       store_words(weights.high + at, words.high);
       store_words(weights.low + at, words.low);
       sum_of_high = CodeOperand::multiply_add(sum_of_high, splat(0x01010101), words.high);
       sum_of_low = CodeOperand::multiply_add(sum_of_low, splat(0x01010101), words.low);
-    };
-    int key = 0;
-    for (; key + 4 <= keys; key += 4) {
-      Vec numbers[4];
-      for (int i = 0; i < 4; ++i) numbers[i] = weight_of(key + i) * inverse;
-      store_word(key / 4, numbers);
-    }
-    if (key < keys) {
-      Vec numbers[4] = {};
-      for (int i = 0; key + i < keys; ++i) numbers[i] = weight_of(key + i) * inverse;
-      store_word(key / 4, numbers);
     }
     const Vec lost = sum - to_float((sum_of_high << 8) + sum_of_low) * unit_of_row;
     store(weights.units + first, unit_of_row);

@@ -1,13 +1,14 @@
 // The products of decode from a cache of MLX's codes, for 16-bit queries: in integers.
 #pragma once
 
+#include "cpu/code_numbers.h"
 #include "cpu/code_products.h"
 #include "cpu/decode_products.h"
 
 namespace flash_attn::cpu::FA_LEVEL {
 namespace {
 
-// Of a unit: words [head][dim / 4][2 * rows of a head], sums [row][groups] and factors [row].
+// Of a unit: words [head][dim / 4][row][high, low], sums [row][groups] and factors [row].
 struct UnitQueries {
   const float* words;
   const float* sums;
@@ -26,8 +27,8 @@ inline void read_code_rows(const ConstTensor& tensor, const RowPanel& panel, con
     const std::int64_t offset = panel.offset(unit, tensor.strides, lane);
     read_row(tensor.dtype, element(tensor.data, tensor.dtype, offset), tensor.strides.dim, dim, values);
     factors[row] = quantize_query(values, dim, largest_of_two_bytes, numbers);
-    auto* of_row = reinterpret_cast<std::int32_t*>(words) + row / rows * rows * (dim / 2) + 2 * (row % rows);
-    split_query<dtype>(numbers, dim, of_row, 2 * rows, sums + row * groups);
+    auto* of_row = reinterpret_cast<std::int32_t*>(words) + row / rows * rows * code_words(dim) + 2 * (row % rows);
+    split_query<dtype>(numbers, factors[row], dim, of_row, 2 * rows, sums + row * groups);
   }
 }
 
@@ -58,7 +59,7 @@ __attribute__((noinline)) void multiply_codes(const DecodePass& pass, const Unit
     const float* scales = state.ordered_numbers + head * groups * places + step * lanes;
     for_each_row_tile(rows, [&](int tile, auto count) FA_INLINE_IF_FAST {
       const int row = head * rows + tile;
-      const float* words = q.words + head * rows * (source.dim / 2) + 2 * tile;
+      const float* words = q.words + head * rows * code_words(source.dim) + 2 * tile;
       const CodeQueries some = {reinterpret_cast<const std::int32_t*>(words), 2 * rows, q.sums + row * groups, q.factors + row};
       code_dots<dtype, count>(key_rows, later, some, source.dim, {scales, scales + biases, places}, scale, add,
                               state.scores + step * lanes * stride + row, stride);
@@ -95,7 +96,7 @@ inline void add_code_values_of_block(const DecodePass& pass, const Unit& unit, c
   order_value_numbers(block, unit.kv_heads, block.scales, numbers_of_group, scales);
   order_value_numbers(block, unit.kv_heads, block.biases, numbers_of_group, biases);
   const auto weights_of = [&](int group) {
-    const std::int64_t words = max_code_words * sizes.score_stride;
+    const std::int64_t words = max_words_of_weights * sizes.score_stride;
     auto* high = reinterpret_cast<std::int32_t*>(state.words) + 2 * group * words;
     return CodeWeights{high, high + words, sizes.score_stride, state.row_units + group * sizes.score_stride,
                        state.row_biases + group * sizes.score_stride};
@@ -106,20 +107,13 @@ inline void add_code_values_of_block(const DecodePass& pass, const Unit& unit, c
   }
   const auto visit = [&](int step, int head, const ByteRows<Later>& values, Later later) FA_INLINE_IF_FAST {
     const int words = (min_of(Later::rows, keys.count - step * Later::rows) + 3) / 4;
-    const CodeSums sums = {state.sums, state.o, sizes.o_stride, state.alpha, step, steps};
     for (int group = 0; group < groups; ++group) {
-      const CodeWeights weights = weights_of(group);
+      const CodeWeights weights = weights_of(group).from_key(step * Later::rows);
+      const BlockSums sums = {state.sums, state.o, sizes.o_stride, state.alpha, weights.units, step == 0, step == steps - 1};
       const bool begins_line = group * group_bytes<dtype> % cache_line == 0;
-      const int first = head * rows;
-      int row = 0;
-      for (; row + value_code_rows <= rows; row += value_code_rows) {
-        const bool asks = row == 0 && begins_line;
-        add_code_values<dtype, value_code_rows>(values, later, asks, weights, words, first + row, group, sums);
-      }
-      static_assert(value_code_rows == 2);
-      if (row < rows) {
-        add_code_values<dtype, 1>(values, later, row == 0 && begins_line, weights, words, first + row, group, sums);
-      }
+      for_each_row_tile<value_code_rows>(rows, [&](int tile, auto count) FA_INLINE_IF_FAST {
+        add_code_values<dtype, count>(values, later, tile == 0 && begins_line, weights, words, head * rows + tile, group, sums);
+      });
     }
   };
   walk<Later>(unit, BlockBytes<dtype>{v, keys, unit.kv_head}, k, next, visit);

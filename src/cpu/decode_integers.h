@@ -15,7 +15,7 @@ inline void read_integer_rows(const ConstTensor& tensor, const RowPanel& panel, 
     const std::int64_t offset = panel.offset(unit, tensor.strides, lane);
     read_row(tensor.dtype, element(tensor.data, tensor.dtype, offset), tensor.strides.dim, dim, row);
     for (int d = dim; d < round_up(dim, lanes); ++d) row[d] = 0.0f;
-    const float limit = dim < 512 ? 32767.0f : 16383.0f;  // |q . k| stays below 2^31, whatever the key
+    const float limit = dim < 512 ? largest_int16 : largest_int16 / 2;  // |q . k| stays below 2^31, whatever the key
     factors[lane] = quantize_query(row, dim, limit, reinterpret_cast<std::int16_t*>(words));
   }
 }

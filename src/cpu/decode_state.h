@@ -10,19 +10,20 @@ namespace {
 
 constexpr int max_decode_panels = (max_decode_rows + panel_rows - 1) / panel_rows;
 
-// Whether the products of a call are of integers. float32 asks for more than their precision; and what is not masked later is
-// read from any page, so there must be one.
-inline bool allows_integers(const AttentionProblem& problem) {
+// float32 asks for more than the precision of integers; and what is masked later is read from any page, so there must be one.
+inline bool may_multiply_integers(const AttentionProblem& problem) {
   return problem.dtype != DType::float32 && problem.cache_rows > 0;
 }
+
+// Whether the products of a call are of integers: of int16, or of codes and bytes.
 inline bool multiplies_integers(const DecodePass& pass) {
-  return FA_INTEGER_DOT && pass.inputs->k.dtype == DType::int8 && allows_integers(*pass.problem);
+  return FA_INTEGER_DOT && pass.inputs->k.dtype == DType::int8 && may_multiply_integers(*pass.problem);
 }
 inline bool multiplies_codes(const DecodePass& pass) {
-  return FA_CODE_DOT && is_affine(pass.inputs->k.dtype) && allows_integers(*pass.problem);
+  return FA_CODE_DOT && is_affine(pass.inputs->k.dtype) && may_multiply_integers(*pass.problem);
 }
 
-constexpr int max_code_words = (max_decode_block + max_rows_of_step) / 4;  // of four keys each
+constexpr int max_words_of_weights = (max_decode_block + max_rows_of_step) / 4;  // of four keys each
 
 struct DecodeSizes {
   int rows;
@@ -59,11 +60,11 @@ struct DecodeSizes {
     }
     if (multiplies_codes(pass)) {
       groups = groups_of_codes;
-      q_stride = integer_words(pass.problem->head_dim);
-      if (pass.problem->has_qv) qv_stride = integer_words(pass.problem->head_dim_v);
+      q_stride = code_words(pass.problem->head_dim);
+      if (pass.problem->has_qv) qv_stride = code_words(pass.problem->head_dim_v);
       sums_stride = o_stride;
       ordered_numbers = 2 * ((max_decode_block + max_rows_of_step) * heads + lanes) * groups;
-      words = 2 * max_code_words * groups * score_stride;
+      words = 2 * max_words_of_weights * groups * score_stride;
     }
   }
 
@@ -90,13 +91,13 @@ struct DecodeState {
   float* alpha;
   float* numbers;
   float* ordered_numbers;
-  float* words;  // of scores or of P
+  float* words;  // of scores or of P; beside codes [group][high, low][key / 4][score_stride]
 
   // Of integers.
   std::int32_t* sums;  // of a block, as o
   float* q_factors;    // [score_stride], as alpha
   float* qv_factors;
-  float* q_sums;  // [rows][groups]
+  float* q_sums;  // [rows][groups of k], of each group's dims
   float* qv_sums;
   float* row_units;  // [groups][score_stride]
   float* row_biases;

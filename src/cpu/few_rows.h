@@ -1,5 +1,5 @@
-// What the two products of attention for a few query rows share. They read K and V where they lie: head dims in the lanes,
-// every row of K and V loaded once for up to `tile_rows` query rows. With every line that they read they ask for one that is
+// What the two products of attention for a few query rows share. They read K and V where they lie, head dims in the lanes (but
+// for K in code_products.h), once for up to `tile_rows` query rows. With every line that they read they ask for one that is
 // read later.
 #pragma once
 
@@ -20,8 +20,8 @@ constexpr int max_rows_of_step = 32;
 constexpr int max_decode_block = 192;  // keys
 
 // How keys are walked: so many streams side by side, whole tiles of dots for every number of rows and whole pairs, each through
-// a stretch of keys of its own, `depth` of them a step. And what is read some way after them: a row for each, whose lines are
-// asked for meanwhile (docs/performance.md).
+// a stretch of keys of its own, `depth` of them a step. And what is read so many bytes of a stream after them: a row for each,
+// whose lines are asked for meanwhile (docs/performance.md).
 template <int streams, bool into_l1, int keys_of_stream = 1, int ahead = into_l1 ? 8192 / streams : 4096>
 struct RowsLater {
   static constexpr int depth = keys_of_stream;
@@ -36,7 +36,7 @@ struct RowsLater {
   static constexpr int bytes_near = 512;
 
   static_assert(rows <= max_rows_of_step);
-  using FourKeys = RowsLater<streams, into_l1, 4>;
+  using FourKeys = RowsLater<streams, into_l1, 4, ahead>;
 
   static int steps(int keys) { return (keys + rows - 1) / rows; }
   // Which key of a block of so many steps a row of a step is.
@@ -97,20 +97,13 @@ FA_INLINE Part load_part(const float* p) {
 }
 
 // The kernel for `rows` rows, tile by tile: visit(row, M as a constant).
-template <class Visit>
+template <int most = tile_rows, class Visit>
 FA_INLINE void for_each_row_tile(int rows, Visit visit) {
   int row = 0;
-  for (; row + tile_rows <= rows; row += tile_rows) visit(row, Constant<tile_rows>{});
-  switch (rows - row) {
-    case 3:
-      return visit(row, Constant<3>{});
-    case 2:
-      return visit(row, Constant<2>{});
-    case 1:
-      return visit(row, Constant<1>{});
-    default:
-      return;
-  }
+  for (; row + most <= rows; row += most) visit(row, Constant<most>{});
+  unroll<most, 1>([&](auto rest) FA_INLINE_IF_FAST {
+    if (rows - row == rest) visit(row, rest);
+  });
 }
 
 }  // namespace

@@ -58,17 +58,6 @@ inline FA_INLINE_IF_FAST void integer_dots(const ByteRows<Later>& keys, Later la
 
 constexpr int value_bytes_near = 256;  // before a value is read, it is asked for once more, for L1
 
-// O of a block in integers, and where it goes: the first step of a block begins with zeros, the last adds them to O.
-struct BlockSums {
-  std::int32_t* sums;  // [row][dim], in the order of IntegerOperand::word_of_rows, as O
-  float* o;
-  std::int64_t stride;
-  const float* rescale;    // of O, each row
-  const float* row_units;  // of the sums
-  bool is_first;
-  bool is_last;
-};
-
 // sums[row][d] += sum over keys of p[key][row] * V_key[d], for W vectors of dims. Out of line, so that its loop has all
 // registers.
 template <int M, int W, class Later>

@@ -1,4 +1,4 @@
-// Rows of q and of P in integers of 15 bits and a sign, where they meet an int8 cache.
+// Rows of q in integers of 15 bits and a sign, where they meet a quantised cache, and of P, where that is of int8.
 //
 // A row of q is over a power of two: of a float16 row only elements below a sixteenth of the largest are rounded, of a bfloat16
 // row those below a 128th. A row of P is multiplied by its values' scales first, and over the largest product of a block of
@@ -13,7 +13,10 @@
 namespace flash_attn::cpu::FA_LEVEL {
 namespace {
 
-constexpr float largest_weight = 32767.0f;
+constexpr float largest_int16 = 32767.0f;
+
+// What 1 stands for in weights whose largest is `limit`; NaN where that is. Its inverse is finite.
+FA_INLINE Vec unit_of_weights(Vec largest, float limit) { return larger_of(splat(1e-37f), largest * (1.0f / limit)); }
 
 // Larger of the bits of non-negative floats: those of NaN are larger than any number's.
 FA_INLINE IVec larger_bits_of(IVec a, IVec b) { return a > b ? a : b; }
@@ -111,9 +114,9 @@ inline void quantize_weights(const Unit& unit, int keys, const float* scales, fl
       store(p + key * stride + first, weight);
       magnitudes = larger_bits_of(magnitudes, bits_of(abs_of(weight)));
     }
-    const Vec largest = from_bits(magnitudes);
-    store(row_units + first, largest * (1.0f / largest_weight));
-    const Vec inverse = scales_of_rows.of_rows_only(select(largest > 0.0f, largest_weight / largest, Vec{}));
+    const Vec unit_of_row = unit_of_weights(from_bits(magnitudes), largest_int16);
+    store(row_units + first, unit_of_row);
+    const Vec inverse = scales_of_rows.of_rows_only(1.0f / unit_of_row);
     for (int key = 0; key < keys; key += 2) {
       float* low = p + key * stride + first;
       const Vec high = key + 1 < keys ? load(low + stride) : Vec{};

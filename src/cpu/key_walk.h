@@ -76,6 +76,7 @@ requires(is_affine(dtype)) struct BlockRows<dtype> {
   const KeyTensor& source;
   const KeySlots& keys;
   std::int32_t first_head;
+  bool heads_inner;  // of `numbers`
   std::int64_t numbers_of_key;
   std::int64_t numbers_of_head;
   const float* scales;
@@ -85,9 +86,9 @@ requires(is_affine(dtype)) struct BlockRows<dtype> {
       : source(tensor),
         keys(slots),
         first_head(unit.kv_head),
+        heads_inner(heads_side_by_side(unit, tensor) == unit.kv_heads),
         numbers_of_key(std::int64_t{heads_side_by_side(unit, tensor)} * groups_of(tensor)),
-        numbers_of_head(std::int64_t{heads_side_by_side(unit, tensor) == unit.kv_heads ? 1 : max_decode_block} *
-                        groups_of(tensor)),
+        numbers_of_head(std::int64_t{heads_inner ? 1 : max_decode_block} * groups_of(tensor)),
         scales(numbers),
         biases(numbers + std::int64_t{max_decode_block} * unit.kv_heads * groups_of(tensor)) {
     const int heads = heads_side_by_side(unit, tensor);
@@ -137,14 +138,13 @@ FA_INLINE void ask_for_block(const KeyTensor& source, const KeySlots& keys, std:
   Later{last.of_first_head, 0}.template ask<Later::rows>(row_bytes<dtype>(source.dim) - 1);
 }
 
-constexpr int keys_before_block = 4;  // of a stream, when ask_for_block comes
+constexpr int keys_before_block = 4;  // of a stream, when ask_for_block comes, or a step's
 constexpr int steps_at_once = 4;      // at most, where there is one head
 
-// Whether the keys of so many steps from `step` on follow one another in every stream.
+// Whether the keys of so many steps of a block, from `step` on, follow one another in every stream.
 template <class Later>
 FA_INLINE bool are_side_by_side(const KeySlots& keys, int step, int count) {
   const int steps = Later::steps(keys.count);
-  if (step + count > steps) return false;
   for (int i = 0; i < Later::rows; i += Later::depth) {
     const KeySlot first = keys.slots[Later::key_of(i, step, steps)];
     const KeySlot last = keys.slots[Later::key_of(i, step + count, steps) - 1];

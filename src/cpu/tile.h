@@ -283,18 +283,25 @@ FA_INLINE void transpose_parts([[maybe_unused]] Vec (&rows)[lanes / 4]) {
 #endif
 }
 
-// [lanes][lanes] in place: inside 128-bit parts, which costs least, then the parts.
+// [4][4] of each 128-bit part in place, which costs least.
+FA_INLINE void transpose_in_parts(Vec (&rows)[4]) {
+  const Vec low[2] = {unpack_low(rows[0], rows[2]), unpack_low(rows[1], rows[3])};
+  const Vec high[2] = {unpack_high(rows[0], rows[2]), unpack_high(rows[1], rows[3])};
+  rows[0] = unpack_low(low[0], low[1]);
+  rows[1] = unpack_high(low[0], low[1]);
+  rows[2] = unpack_low(high[0], high[1]);
+  rows[3] = unpack_high(high[0], high[1]);
+}
+
+// [lanes][lanes] in place: inside parts, then the parts.
 FA_INLINE void transpose(Vec (&rows)[lanes]) {
   Vec columns[4][lanes / 4];  // [column of a part][four rows]
 #pragma GCC unroll 4
   for (int i = 0; i < lanes / 4; ++i) {
-    const Vec* four = rows + 4 * i;
-    const Vec low[2] = {unpack_low(four[0], four[2]), unpack_low(four[1], four[3])};
-    const Vec high[2] = {unpack_high(four[0], four[2]), unpack_high(four[1], four[3])};
-    columns[0][i] = unpack_low(low[0], low[1]);
-    columns[1][i] = unpack_high(low[0], low[1]);
-    columns[2][i] = unpack_low(high[0], high[1]);
-    columns[3][i] = unpack_high(high[0], high[1]);
+    Vec four[4] = {rows[4 * i], rows[4 * i + 1], rows[4 * i + 2], rows[4 * i + 3]};
+    transpose_in_parts(four);
+#pragma GCC unroll 4
+    for (int column = 0; column < 4; ++column) columns[column][i] = four[column];
   }
 #pragma GCC unroll 4
   for (int column = 0; column < 4; ++column) {

@@ -398,3 +398,36 @@ def test_caches_head_after_head(rng, format_, page_size, seqlen_q, dtype):
             to_numpy(flash_attn_with_kvcache(**turned)), to_numpy(flash_attn_with_kvcache(**arguments)), atol=2e-6
         )
     check(turned)
+
+
+@each_format
+@each_dtype
+def test_more_kv_heads_head_after_head_than_a_vector_has_lanes(rng, dtype, format_):
+    arguments = quantised(cache_call(rng, 1, 1, 120, 40, 20, 128, dtype=dtype), format_)
+    for name in CACHES:
+        part = arguments[name]
+        arguments[name] = heads_first(part) if isinstance(part, mx.array) else tuple(heads_first(x) for x in part)
+    check(arguments)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16], ids=name_of)
+def test_the_largest_sum_of_codes(bits, dtype):
+    """Keys that weigh alike, and whose values all have the largest code: their mean is one of them."""
+    words = mx.full((1, 1000, 2, 64 * bits // 32), 0xFFFFFFFF, dtype=mx.uint32)
+    ones = mx.ones((1, 1000, 2, 1), dtype=dtype)
+    cache = (words, ones, mx.zeros_like(ones))
+    out = flash_attn_with_kvcache(mx.zeros((1, 1, 8, 64), dtype=dtype), (words, 0 * ones, ones), cache)
+    np.testing.assert_array_equal(to_numpy(out), 2**bits - 1)
+
+
+@pytest.mark.parametrize("size", [1e-33, 1e33])
+def test_numbers_near_the_ends_of_float32(rng, size):
+    """In bfloat16, which has float32's range, V as small or as large as that comes out so."""
+    arguments = cache_call(rng, 1, 1, 60, 4, 2, 64, dtype=mx.bfloat16) | {"cache_seqlens": 60}
+    caches = {name: mx.quantize(arguments[name], group_size=64, bits=8) for name in CACHES}
+    codes, scales, biases = caches["v_cache"]
+    want = to_numpy(flash_attn_with_kvcache(**arguments | caches))
+    sized = {"v_cache": (codes, scales * size, biases * size)}
+    got = to_numpy(flash_attn_with_kvcache(**arguments | caches | sized))
+    np.testing.assert_allclose(got / size, want, atol=0.02 * np.abs(want).max())
