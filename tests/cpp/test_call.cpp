@@ -8,6 +8,7 @@
 #include <string_view>
 
 #include "call_parts.h"
+#include "cpu/isa.h"
 #include "element.h"
 #include "semantics/mask.h"
 
