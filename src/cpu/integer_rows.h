@@ -15,7 +15,7 @@ namespace {
 
 constexpr float largest_int16 = 32767.0f;
 
-// What 1 stands for in weights whose largest is `limit`; NaN where that is. Its inverse is finite.
+// What 1 stands for where the largest weight is to be `limit`; NaN where that weight is. Its inverse is finite.
 FA_INLINE Vec unit_of_weights(Vec largest, float limit) { return larger_of(splat(1e-37f), largest * (1.0f / limit)); }
 
 // Larger of the bits of non-negative floats: those of NaN are larger than any number's.

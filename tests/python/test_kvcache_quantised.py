@@ -372,6 +372,15 @@ def heads_first(part: mx.array) -> mx.array:
     return mx.contiguous(part.swapaxes(1, 2)).swapaxes(1, 2)
 
 
+def with_heads_first(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Every part of the caches so."""
+    turned = dict(arguments)
+    for name in CACHES:
+        part = arguments[name]
+        turned[name] = heads_first(part) if isinstance(part, mx.array) else tuple(heads_first(x) for x in part)
+    return turned | {name: heads_first(arguments[name]) for name in SCALES.values() if name in arguments}
+
+
 @each_format
 @each_dtype
 @pytest.mark.parametrize("page_size", [None, 2, 5, 16])
@@ -386,13 +395,7 @@ def test_caches_head_after_head(rng, format_, page_size, seqlen_q, dtype):
         table[0, 3] = -1
         arguments["block_table"] = mx.array(table)
     arguments = quantised(arguments, format_)
-    turned = dict(arguments)
-    for name in CACHES:
-        part = arguments[name]
-        turned[name] = heads_first(part) if isinstance(part, mx.array) else tuple(heads_first(x) for x in part)
-    for name in ("k_scale", "v_scale"):
-        if name in arguments:
-            turned[name] = heads_first(arguments[name])
+    turned = with_heads_first(arguments)
     if dtype == mx.float32:
         np.testing.assert_allclose(
             to_numpy(flash_attn_with_kvcache(**turned)), to_numpy(flash_attn_with_kvcache(**arguments)), atol=2e-6
@@ -403,11 +406,7 @@ def test_caches_head_after_head(rng, format_, page_size, seqlen_q, dtype):
 @each_format
 @each_dtype
 def test_more_kv_heads_head_after_head_than_a_vector_has_lanes(rng, dtype, format_):
-    arguments = quantised(cache_call(rng, 1, 1, 120, 40, 20, 128, dtype=dtype), format_)
-    for name in CACHES:
-        part = arguments[name]
-        arguments[name] = heads_first(part) if isinstance(part, mx.array) else tuple(heads_first(x) for x in part)
-    check(arguments)
+    check(with_heads_first(quantised(cache_call(rng, 1, 1, 120, 40, 20, 128, dtype=dtype), format_)))
 
 
 @pytest.mark.parametrize("bits", [8, 4])
